@@ -1,0 +1,374 @@
+"""`lora(fn)`: run a function with low-rank weights, its own code untouched.
+
+The function is traced with the base's values where LoraWeights stand, and its jaxpr is evaluated
+equation by equation with the LoraWeights in their place. An equation none of them reaches is bound
+as it is; one that they reach is handed to its primitive's rule, which binds the base equation as
+the model wrote it and adds the low-rank branch, or passes on a LoraWeight. The rules live in
+`lora_jax.rules`; this file knows no primitive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn, Literal, Primitive
+
+from lora_jax import nnx
+from lora_jax.tree import Pattern, matches, nearest
+from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class RefusedError(NotImplementedError):
+    """What the model does with a weight has no low-rank form here.
+
+    Args:
+        paths: The paths of the weights the equation met.
+        primitive: The name of the primitive.
+        where: The line of the model's source.
+        why: What stands in the way.
+    """
+
+    def __init__(self, paths: Sequence[str], primitive: str, where: str, why: str):
+        self.paths = tuple(dict.fromkeys(paths))
+        self.primitive, self.where, self.why = primitive, where, why
+        named = ", ".join(repr(path) for path in self.paths)
+        pattern = "|".join(self.paths)
+        super().__init__(
+            f"{named}: `{primitive}` at {where} has no low-rank form: {why}. Either register a rule "
+            f"for the primitive with @lora_jax.register, or permit the dense weight by name: "
+            f"lora_jax.lora(fn, densify={pattern!r})."
+        )
+
+    def renamed(self, names: dict[str, str]) -> RefusedError:
+        """The same error with its paths replaced."""
+        return RefusedError([names.get(p, p) for p in self.paths], self.primitive, self.where, self.why)
+
+
+class Context(NamedTuple):
+    """What a rule is told beside its operands.
+
+    Attributes:
+        key: This equation's dropout key, or None where nothing is dropped.
+        densify: The paths of the weights that may become dense.
+        eqn: The equation, for its avals and its source line.
+    """
+
+    key: jax.Array | None
+    densify: frozenset[str]
+    eqn: JaxprEqn
+
+    def refuse(self, weights: Sequence[Any], why: str) -> RefusedError:
+        """The error to raise: it names the weights' paths, the primitive and the model's line."""
+        paths = [w.path for w in weights if isinstance(w, LoraWeight)]
+        where = source_info_util.summarize(self.eqn.source_info)
+        return RefusedError(paths, self.eqn.primitive.name, where, why)
+
+
+Rule = Callable[..., Any]
+_RULES: dict[Primitive, Rule] = {}
+
+
+def register(*primitives: Primitive) -> Callable[[Rule], Rule]:
+    """Register a rule: what a primitive does when a LoraWeight is among its operands.
+
+    The rule is called as `rule(context, *operands, **params)` with the equation's operands, of which
+    at least one is a `LoraWeight`, and its params. It returns the equation's outputs: arrays, or
+    LoraWeights that flow on; a list of them where the primitive has several results. To refuse, it
+    raises `context.refuse(operands, why)`.
+
+    Args:
+        *primitives: The primitives, from `jax.extend.core.primitives` or your own.
+
+    Raises:
+        ValueError: a rule for one of the primitives is registered already.
+
+    >>> from jax.extend.core import primitives
+    >>> @register(primitives.dot_general_p)
+    ... def rule(context, lhs, rhs, **params): ...
+    Traceback (most recent call last):
+        ...
+    ValueError: dot_general has a rule already; a primitive has one rule.
+    """
+
+    def decorate(rule: Rule) -> Rule:
+        for primitive in primitives:
+            if primitive in _RULES:
+                raise ValueError(f"{primitive.name} has a rule already; a primitive has one rule.")
+        for primitive in primitives:
+            _RULES[primitive] = rule
+        return rule
+
+    return decorate
+
+
+def lora(
+    fn: Callable[P, R], *, key: jax.Array | None = None, densify: Pattern | None = None
+) -> Callable[P, R]:
+    r"""The same function with low-rank weights: every use of a leaf sees :math:`W + s\,A B`.
+
+    `lora(fn)` has fn's signature. LoraWeights may stand anywhere in its arguments, and nnx and
+    Equinox modules may hold them. `lora(fn)(wrapped, ...)` equals `fn(merge(wrapped), ...)` in value,
+    gradient, structure, shape, dtype and weak type, but the update is never formed: each
+    `x @ W` becomes `x @ W + s (x @ A) @ B`, in float32 or wider, rounded once to the base's dtype.
+    It composes with jit, grad, vmap, scan, remat and shardings, inside and outside of fn.
+
+    Only jax arrays and LoraWeights are traced. Every other leaf (numbers, strings, numpy arrays,
+    functions) reaches fn as it is, and outputs that are no jax arrays come back as they are.
+    What fn mutates on an nnx module that it was given is written back to the module.
+
+    Args:
+        fn: A pure function, as for `jax.jit`; also a module or a bound method of one.
+        key: A dropout key. With it, the branch's input is dropped at each weight's rate, with a
+            different mask for every equation and every step of a scan; without it nothing is.
+        densify: A pattern of paths, or a predicate, whose weights may become dense where an
+            operation has no low-rank form. Such an operation is refused otherwise.
+
+    Returns:
+        A function with fn's signature.
+
+    Raises:
+        RefusedError: an operation on a weight has no low-rank form. The message names the path,
+            the primitive, the line of the model and the two ways on.
+        ValueError: a tree with holes (one half of `partition`) or a densify pattern that matches
+            nothing.
+
+    The parametrisation is LoRA's (arXiv:2106.09685), section 4.1.
+
+    >>> weight = LoraWeight(jnp.eye(3), jnp.ones((3, 1)), jnp.ones((1, 3)), scale=0.5)
+    >>> def model(params, x):
+    ...     return x @ params["kernel"]
+    >>> lora(model)({"kernel": weight}, jnp.array([1.0, 2.0, 3.0])).tolist()
+    [4.0, 5.0, 6.0]
+    """
+
+    def with_lora(*args: P.args, **kwargs: P.kwargs) -> R:
+        return _call(fn, args, kwargs, key, densify)
+
+    if hasattr(fn, "__qualname__"):
+        with_lora = functools.wraps(fn)(with_lora)
+    return with_lora
+
+
+def _is_leaf(node: Any) -> bool:
+    return is_wrapped_leaf(node) or nnx.is_graph_node(node)
+
+
+def _call(fn: Any, args: Any, kwargs: Any, key: Any, densify: Pattern | None) -> Any:
+    bound = getattr(fn, "__self__", None)
+    if nnx.is_graph_node(bound):
+        fn, args = fn.__func__, (bound, *args)
+    leaves, treedef = jax.tree.flatten((fn, args, kwargs), is_leaf=_is_leaf)
+    is_node = [nnx.is_graph_node(leaf) for leaf in leaves]
+    nodes = tuple(leaf for leaf, yes in zip(leaves, is_node, strict=True) if yes)
+    graphdef, state = nnx.split(nodes) if nodes else (None, ())
+    leaves = [None if yes else leaf for leaf, yes in zip(leaves, is_node, strict=True)]
+    state_leaves, state_def = jax.tree.flatten(state, is_leaf=is_wrapped_leaf)
+    everything = [_operand(leaf) for leaf in (*leaves, *state_leaves)]
+    traced = [i for i, leaf in enumerate(everything) if isinstance(leaf, (jax.Array, LoraWeight))]
+    operands = [everything[i] for i in traced]
+    rejoin = _Rejoin()
+
+    # A new function each time: the cache of make_jaxpr goes by the function and would serve what an
+    # earlier call closed over.
+    def flat(*values: Any) -> list[Any]:
+        full = list(everything)
+        for i, value in zip(traced, values, strict=True):
+            full[i] = value
+        inner_leaves, inner_state_leaves = full[: len(leaves)], full[len(leaves) :]
+        inner_nodes = nnx.merge(graphdef, state_def.unflatten(inner_state_leaves)) if nodes else ()
+        remaining = iter(inner_nodes)
+        inner_leaves = [
+            next(remaining) if yes else leaf for leaf, yes in zip(inner_leaves, is_node, strict=True)
+        ]
+        inner_fn, inner_args, inner_kwargs = treedef.unflatten(inner_leaves)
+        out = inner_fn(*inner_args, **inner_kwargs)
+        return rejoin.take_apart(out, inner_nodes, graphdef, inner_state_leaves, state)
+
+    bases = [leaf.w if isinstance(leaf, LoraWeight) else leaf for leaf in operands]
+    closed = jax.make_jaxpr(flat)(*bases)
+    weights = [leaf for leaf in operands if isinstance(leaf, LoraWeight)]
+    permitted = _permitted(densify, weights)
+    if not any(weight.dropout for weight in weights):
+        key = None
+    values = evaluate(closed, operands, key, permitted)
+    return rejoin.put_together(
+        [_output(value, permitted) for value in values], nodes, state_def, state_leaves
+    )
+
+
+def _operand(leaf: Any) -> Any:
+    if isinstance(leaf, LoraWeight):
+        if leaf.w is None or leaf.a is None:
+            raise ValueError(
+                f"the LoraWeight at {leaf.path!r} has holes: this tree is one half of partition(). "
+                "Write lora_jax.lora(fn)(lora_jax.combine(trainable, frozen), ...)."
+            )
+        return leaf if isinstance(leaf.w, jax.Array) else leaf.replace(w=jnp.asarray(leaf.w))
+    if isinstance(leaf, FullWeight):
+        if leaf.value is None:
+            raise ValueError(
+                f"the FullWeight at {leaf.path!r} has a hole: this tree is one half of partition(). "
+                "Write lora_jax.lora(fn)(lora_jax.combine(trainable, frozen), ...)."
+            )
+        return leaf.dense()
+    return leaf
+
+
+def _permitted(densify: Pattern | None, weights: Sequence[LoraWeight]) -> frozenset[str]:
+    if densify is None:
+        return frozenset()
+    paths = [weight.path for weight in weights]
+    found = frozenset(
+        path for weight, path in zip(weights, paths, strict=True) if matches(densify, path, weight)
+    )
+    if not found:
+        near = ", ".join(nearest(densify, paths)) if isinstance(densify, str) else ", ".join(paths[:5])
+        raise ValueError(f"densify={densify!r} matches none of the wrapped paths; the nearest are: {near}.")
+    return found
+
+
+def _output(value: Any, permitted: frozenset[str]) -> Any:
+    if not isinstance(value, LoraWeight):
+        return value
+    if value.path in permitted:
+        return value.dense()
+    raise RefusedError(
+        [value.path], "return", "the end of the function", "the function returns the weight itself"
+    )
+
+
+@dataclasses.dataclass
+class _Rejoin:
+    """The outputs of fn that are arrays travel through the jaxpr; this keeps the rest."""
+
+    treedef: Any = None
+    statics: Any = None
+    changed: Any = None
+
+    def take_apart(self, out: Any, inner_nodes: Any, graphdef: Any, before: Any, state: Any) -> list[Any]:
+        out_nodes = [leaf for leaf in jax.tree.leaves(out, is_leaf=_is_leaf) if nnx.is_graph_node(leaf)]
+        if out_nodes:
+            raise TypeError(
+                f"the function returns an nnx {type(out_nodes[0]).__name__}. What it mutates on its arguments "
+                "is written back; return arrays, or nnx.split the module and return its state."
+            )
+        leaves, self.treedef = jax.tree.flatten(out, is_leaf=is_wrapped_leaf)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        self.statics = [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in leaves]
+        self.changed = []
+        if not inner_nodes:
+            return arrays
+        after_def, after_state = nnx.split(inner_nodes)
+        after = jax.tree.leaves(after_state)
+        if after_def != graphdef or len(after) != len(before):
+            raise ValueError(
+                "the function changed the structure of an nnx module that it was given: a Variable or a "
+                "submodule was added, removed, replaced or shared anew. Make it before wrapping; "
+                "only values may change inside lora."
+            )
+        held = jax.tree.leaves(state, is_leaf=is_wrapped_leaf)
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            if new is old:
+                continue
+            if is_wrapped_leaf(held[i]):
+                path = held[i].path
+                raise ValueError(
+                    f"the function mutates {path!r}, which is wrapped. Exclude it from wrap "
+                    f"(exclude={path!r}), or do not assign to it inside lora."
+                )
+            self.changed.append(i)
+            arrays.append(jnp.asarray(new))
+        return arrays
+
+    def put_together(self, values: list[Any], nodes: Any, state_def: Any, state_leaves: list[Any]) -> Any:
+        count = len(values) - len(self.changed)
+        if self.changed:
+            new_leaves = list(state_leaves)
+            for i, value in zip(self.changed, values[count:], strict=True):
+                new_leaves[i] = value
+            nnx.update(nodes, state_def.unflatten(new_leaves))
+        remaining = iter(values[:count])
+        return self.treedef.unflatten(
+            [next(remaining) if static is None else static[0] for static in self.statics]
+        )
+
+
+def evaluate(
+    closed: Any, operands: Sequence[Any], key: jax.Array | None, densify: frozenset[str]
+) -> list[Any]:
+    """Evaluate a closed jaxpr on arrays and LoraWeights.
+
+    Args:
+        closed: The jaxpr, with its constants.
+        operands: Its inputs; LoraWeights may stand for arrays of their base's shape and dtype.
+        key: A dropout key, or None.
+        densify: The paths of the weights that may become dense.
+
+    Returns:
+        Its outputs: arrays, and LoraWeights where a weight flows out.
+    """
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = {}
+    env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, operands, strict=True))
+    dead_after = _last_uses(jaxpr)
+    for index, eqn in enumerate(jaxpr.eqns):
+        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with (
+            source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack),
+            eqn.ctx.manager,
+        ):
+            if any(isinstance(value, LoraWeight) for value in values):
+                outs = _apply(eqn, values, key, index, densify)
+            else:
+                outs = bind(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for var in dead_after[index]:
+            del env[var]
+    return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+
+def _last_uses(jaxpr: Any) -> list[list[Any]]:
+    """For each equation the variables that nothing after it reads, so that eager memory is freed."""
+    seen = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    last: list[list[Any]] = []
+    for eqn in reversed(jaxpr.eqns):
+        here = {v for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, Literal)} - seen
+        seen |= here
+        last.append(list(here))
+    return last[::-1]
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The equation as it stands, on other operands; its outputs as a list."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    outs = eqn.primitive.bind(*values, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: frozenset[str]) -> list[Any]:
+    key = None if key is None else jax.random.fold_in(key, index)
+    context = Context(key, densify, eqn)
+    rule = _RULES.get(eqn.primitive)
+    try:
+        if rule is None:
+            raise context.refuse(values, "no rule is registered for this primitive")
+        outs = rule(context, *values, **eqn.params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+    except RefusedError as error:
+        if not densify.issuperset(error.paths):
+            raise
+        dense = [v.dense() if isinstance(v, LoraWeight) and v.path in error.paths else v for v in values]
+        if any(isinstance(value, LoraWeight) for value in dense):
+            return _apply(eqn, dense, key, index, densify)
+        return bind(eqn, dense)

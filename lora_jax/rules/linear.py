@@ -1,0 +1,420 @@
+"""Rules for primitives linear in the weight: the base equation as the model wrote it, plus the branch.
+
+The branch works on labelled axes. Every axis of the weight has a label; an operand's axis that is
+contracted or paired with it has the same one. `a` holds the labels of the batch and in axes and the
+rank, `b` those of the batch axes, the rank and the out axes. One of the two is contracted with the
+operand, then the other with the result: the order decides the cost, the labels the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as p
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lora_jax.interpret import Context, bind, register
+from lora_jax.rules.shape import per_axis, permuted
+from lora_jax.weight import LoraWeight, wide_dtype
+
+RANK = "rank"
+Label = Hashable
+
+
+class Labelled(NamedTuple):
+    """An array whose axes have names."""
+
+    array: jax.Array
+    labels: tuple[Label, ...]
+
+
+def factors(weight: LoraWeight, labels: Sequence[Label], dtype: Any) -> tuple[Labelled, Labelled]:
+    """a and s·b in `dtype`, their axes labelled by those of the weight."""
+    batch, inner, outer = (tuple(labels[i] for i in weight.axes_of(kind)) for kind in ("batch", "in", "out"))
+    a, b, scale = (_as(x, dtype) for x in (weight.a, weight.b, weight.scale))
+    scaled = lax.mul(b, lax.broadcast_in_dim(scale, b.shape, range(scale.ndim)))
+    return Labelled(a, (*batch, *inner, RANK)), Labelled(scaled, (*batch, RANK, *outer))
+
+
+def _as(x: jax.Array, dtype: Any) -> jax.Array:
+    return lax.convert_element_type(x, dtype) if x.dtype != dtype else x
+
+
+def contract(
+    x: Labelled, y: Labelled, keep: set[Label], precision: Any, specs: dict[Label, Any] | None
+) -> Labelled:
+    """The product of two labelled arrays, summed over the labels that both have and `keep` has not."""
+    shared = [label for label in x.labels if label in y.labels]
+    batch = [label for label in shared if label in keep]
+    summed = [label for label in shared if label not in keep]
+    free_x = [label for label in x.labels if label not in shared]
+    free_y = [label for label in y.labels if label not in shared]
+    labels = (*batch, *free_x, *free_y)
+    if not batch and _flattens(x, free_x, summed, specs) and _flattens(y, free_y, summed, specs):
+        product = _flat_dot(x, y, free_x, free_y, summed, precision)
+        return Labelled(product, labels)
+    dims = (
+        ([x.labels.index(s) for s in summed], [y.labels.index(s) for s in summed]),
+        ([x.labels.index(s) for s in batch], [y.labels.index(s) for s in batch]),
+    )
+    product = lax.dot_general(
+        x.array,
+        y.array,
+        dims,
+        precision=precision,
+        preferred_element_type=x.array.dtype,
+        out_sharding=None if specs is None else _sharding(x.array, [specs.get(s) for s in labels]),
+    )
+    return Labelled(product, labels)
+
+
+def _flattens(x: Labelled, free: list[Label], summed: list[Label], specs: Any) -> bool:
+    """Whether reshaping to a matrix moves no data: the free axes lie together, and the summed in order.
+
+    It is done since XLA's CPU backend runs the gradient of a product over several axes with a
+    transposition of the whole operand. Other backends have no need of it, and where an inner axis
+    may be sharded merging it into another would gather it.
+    """
+    if specs is not None or jax.default_backend() != "cpu":
+        return False
+    return x.labels in ((*free, *summed), (*summed, *free))
+
+
+def _flat_dot(
+    x: Labelled, y: Labelled, free_x: list[Label], free_y: list[Label], summed: list[Label], precision: Any
+) -> jax.Array:
+    def matrix(z: Labelled, free: list[Label]) -> tuple[jax.Array, int, tuple[int, ...]]:
+        """The matrix, the position of its summed axis, and the shape of its free axes."""
+        size = dict(zip(z.labels, z.array.shape, strict=True))
+        free_shape = tuple(size[s] for s in free)
+        n_free, n_summed = math.prod(free_shape), math.prod(size[s] for s in summed)
+        free_first = z.labels == (*free, *summed)
+        shape = (n_free, n_summed) if free_first else (n_summed, n_free)
+        array = z.array if z.array.shape == shape else lax.reshape(z.array, shape)
+        return array, int(free_first), free_shape
+
+    left, left_axis, left_shape = matrix(x, free_x)
+    right, right_axis, right_shape = matrix(y, free_y)
+    dims = (((left_axis,), (right_axis,)), ((), ()))
+    flat = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=left.dtype)
+    shape = (*left_shape, *right_shape)
+    return flat if flat.shape == shape else lax.reshape(flat, shape)
+
+
+def _specs(x: Labelled, out: jax.Array, out_labels: Sequence[Label]) -> dict[Label, Any] | None:
+    """The mesh axes of each label where shardings are part of types, or None where they are not."""
+    mesh = jax.typeof(x.array).sharding.mesh
+    if AxisType.Explicit not in getattr(mesh, "axis_types", ()):
+        return None
+    specs: dict[Label, Any] = dict(zip(x.labels, jax.typeof(x.array).sharding.spec, strict=True))
+    specs.update(zip(out_labels, jax.typeof(out).sharding.spec, strict=True))
+    return specs
+
+
+def _sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
+    """A spec on x's mesh; a mesh axis that an earlier axis uses is not used again."""
+    used: set[Any] = set()
+    parts = []
+    for part in spec:
+        names = part if isinstance(part, tuple) else (part,)
+        parts.append(None if used.intersection(names) - {None} else part)
+        used.update(names)
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*parts))
+
+
+def add_branch(context: Context, base: jax.Array, branch: jax.Array) -> jax.Array:
+    """base + branch, added in the branch's dtype and rounded once to the base's."""
+    if base.dtype == branch.dtype:
+        total = lax.add(base, branch)
+    else:
+        total = lax.convert_element_type(lax.add(_as(base, branch.dtype), branch), base.dtype)
+    aval = context.eqn.outvars[0].aval
+    if getattr(aval, "weak_type", False):
+        total = p.convert_element_type_p.bind(total, new_dtype=aval.dtype, weak_type=True, sharding=None)
+    return total
+
+
+def dropped(context: Context, x: jax.Array, rate: float) -> jax.Array:
+    """The branch's input with each entry dropped at `rate` and the rest scaled up by 1 / (1 - rate)."""
+    if context.key is None or not rate:
+        return x
+    keep = jax.random.bernoulli(context.key, 1.0 - rate, x.shape)
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit in getattr(sharding.mesh, "axis_types", ()):
+        keep = jax.sharding.reshard(keep, sharding)
+    scaled = lax.mul(x, lax.full_like(x, 1.0 / (1.0 - rate)))
+    return lax.select(keep, scaled, lax.full_like(x, 0))
+
+
+def through(
+    x: Labelled,
+    weight: LoraWeight,
+    labels: Sequence[Label],
+    out: jax.Array,
+    out_labels: Sequence[Label],
+    precision: Any,
+) -> jax.Array:
+    """Σ x · s·a·b over the labels that the output does not have, in x's dtype and the output's order."""
+    a, b = factors(weight, labels, x.array.dtype)
+    size = dict(zip(labels, weight.w.shape, strict=True))
+    keep = set(out_labels)
+
+    def summed(factor: Labelled) -> int:
+        return math.prod(size[s] for s in factor.labels if s in x.labels and s not in keep and s != RANK)
+
+    # The factor that sums more of x goes first, and leaves the smaller intermediate.
+    first, second = (a, b) if summed(a) >= summed(b) else (b, a)
+    specs = _specs(x, out, out_labels)
+    middle = contract(x, first, keep | set(second.labels), precision, specs)
+    product = contract(middle, second, keep, precision, specs)
+    order = [product.labels.index(label) for label in out_labels]
+    return product.array if order == sorted(order) else lax.transpose(product.array, order)
+
+
+def _plain_precision(precision: Any, swap: bool) -> Any:
+    """The precision of the base's product, for the branch's; a dot algorithm fixes dtypes and is not one."""
+    if isinstance(precision, tuple) and all(isinstance(one, lax.Precision) for one in precision):
+        return precision[::-1] if swap else precision
+    return precision if isinstance(precision, lax.Precision) else None
+
+
+@register(p.dot_general_p)
+def dot_general(
+    context: Context, lhs: Any, rhs: Any, *, dimension_numbers: Any, precision: Any, **params: Any
+) -> Any:
+    """x·W + s·(x·A)·B for every form of dot_general, the weight on either side."""
+    if isinstance(lhs, LoraWeight) and isinstance(rhs, LoraWeight):
+        raise context.refuse([lhs, rhs], "it is a product of two weights")
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
+    swap = isinstance(lhs, LoraWeight)
+    weight, x = (lhs, rhs) if swap else (rhs, lhs)
+    w_sum, x_sum, w_batch, x_batch = (
+        (lhs_sum, rhs_sum, lhs_batch, rhs_batch) if swap else (rhs_sum, lhs_sum, rhs_batch, lhs_batch)
+    )
+    if not any(weight.axes[i] in ("in", "out") for i in w_sum):
+        raise context.refuse(
+            [weight], "it sums over none of the weight's in or out axes, so the result is an outer product"
+        )
+    base = bind(context.eqn, [v.w if isinstance(v, LoraWeight) else v for v in (lhs, rhs)])[0]
+
+    w_labels: list[Label] = [("w", i) for i in range(len(weight.axes))]
+    x_labels: list[Label] = [("x", i) for i in range(x.ndim)]
+    for i, j in zip((*w_sum, *w_batch), (*x_sum, *x_batch), strict=True):
+        x_labels[j] = w_labels[i]
+    free_w = [s for i, s in enumerate(w_labels) if i not in (*w_sum, *w_batch)]
+    free_x = [s for i, s in enumerate(x_labels) if i not in (*x_sum, *x_batch)]
+    free = (*free_w, *free_x) if swap else (*free_x, *free_w)
+    out_labels = [*(w_labels[i] for i in w_batch), *free]
+    # A unit axis is in neither factor: it leaves x, and comes back as an axis of size one.
+    units = {w_labels[i] for i in weight.axes_of("unit")}
+    gone = [j for j, label in enumerate(x_labels) if label in units]
+    dtype = wide_dtype(x.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
+    entry = dropped(context, _as(x, dtype), weight.dropout)
+    entry = lax.squeeze(entry, gone) if gone else entry
+    operand = Labelled(entry, tuple(label for label in x_labels if label not in units))
+    kept = [label for label in out_labels if label not in units]
+    thin = (
+        base
+        if len(kept) == len(out_labels)
+        else lax.squeeze(base, [i for i, label in enumerate(out_labels) if label in units])
+    )
+    branch = through(operand, weight, w_labels, thin, kept, _plain_precision(precision, swap))
+    if len(kept) < len(out_labels):
+        branch = lax.expand_dims(branch, [i for i, label in enumerate(out_labels) if label in units])
+    return add_branch(context, base, branch)
+
+
+# Look-ups
+
+
+@register(p.gather_p)
+def gather(
+    context: Context,
+    operand: Any,
+    indices: Any,
+    *,
+    dimension_numbers: Any,
+    slice_sizes: Sequence[int],
+    **params: Any,
+) -> Any:
+    """Rows of W, as rows of a times b; a gather over batch axes selects whole weights."""
+    if not isinstance(operand, LoraWeight) or isinstance(indices, LoraWeight):
+        raise context.refuse([operand, indices], "the weight is used as indices")
+    weight, dims = operand, dimension_numbers
+    if dims.operand_batching_dims or dims.start_indices_batching_dims:
+        raise context.refuse(
+            [weight], "the gather has a batch axis of its own; move it outside of lora, with vmap"
+        )
+    shape = weight.w.shape
+    looked_up = [i for i in range(len(shape)) if slice_sizes[i] != shape[i] or i in dims.collapsed_slice_dims]
+    kinds = {weight.axes[i] for i in looked_up}
+    stays = [i for i in range(len(shape)) if i not in dims.collapsed_slice_dims]
+    n_index = indices.ndim - 1
+    base = bind(context.eqn, [weight.w, indices])[0]
+
+    def act(factor: jax.Array, where: Any) -> jax.Array:
+        """The factor's own rows: index axes first, then its axes that stay, then the rank's place."""
+        axis_of = {where(i): i for i in range(len(shape)) if where(i) is not None}
+        columns = [k for k, i in enumerate(dims.start_index_map) if where(i) is not None and i in looked_up]
+        if not columns:
+            return factor
+        collapsed = tuple(k for k in range(factor.ndim) if axis_of.get(k) in dims.collapsed_slice_dims)
+        sizes = [slice_sizes[axis_of[k]] if k in axis_of else factor.shape[k] for k in range(factor.ndim)]
+        picked = (
+            indices
+            if len(columns) == indices.shape[-1]
+            else jnp.stack([indices[..., k] for k in columns], -1)
+        )
+        return lax.gather(
+            factor,
+            picked,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(n_index, n_index + factor.ndim - len(collapsed))),
+                collapsed_slice_dims=collapsed,
+                start_index_map=tuple(where(dims.start_index_map[k]) for k in columns),
+            ),
+            sizes,
+            indices_are_sorted=params["indices_are_sorted"],
+            unique_indices=params["unique_indices"] and len(columns) == len(dims.start_index_map),
+            mode=params["mode"],
+            fill_value=0,
+        )
+
+    # The base's output has the axes that stay at offset_dims, and the index axes in the other places.
+    out_labels: list[Label] = [None] * base.ndim
+    for place, axis in zip(dims.offset_dims, stays, strict=True):
+        out_labels[place] = ("w", axis)
+    for n, place in enumerate([i for i in range(base.ndim) if i not in dims.offset_dims]):
+        out_labels[place] = ("index", n)
+    remaining = {weight.axes[i] for i in stays}
+    if {"in", "out"} <= remaining:
+        return _selected_weights(context, weight, base, act, looked_up, kinds, stays, out_labels, n_index)
+
+    picked = per_axis(weight, base, act)
+    dtype = wide_dtype(picked.a.dtype, picked.b.dtype, base.dtype)
+    index_labels = [("index", n) for n in range(n_index)]
+
+    def label(factor: jax.Array, kind: str, rank_last: bool) -> Labelled:
+        touched = bool(kinds & {"batch", kind})
+        held = [i for which in ("batch", kind) for i in weight.axes_of(which)]  # type: ignore[arg-type]
+        batch = [("w", i) for i in weight.axes_of("batch") if i in stays]
+        own = [("w", i) for i in held if i in stays and weight.axes[i] == kind]
+        tail = [*batch, *own, RANK] if rank_last else [*batch, RANK, *own]
+        return Labelled(_as(factor, dtype), (*(index_labels if touched else ()), *tail))
+
+    scale = picked.scale
+    a, b = label(picked.a, "in", True), label(picked.b, "out", False)
+    s = _as(scale, dtype)
+    scaled = lax.mul(a.array, lax.broadcast_in_dim(s, a.array.shape, range(s.ndim)))
+    units = [
+        place
+        for place, name in enumerate(out_labels)
+        if isinstance(name, tuple) and name[0] == "w" and weight.axes[name[1]] == "unit"
+    ]
+    kept = [name for place, name in enumerate(out_labels) if place not in units]
+    product = contract(Labelled(scaled, a.labels), b, set(kept), None, None)
+    order = [product.labels.index(name) for name in kept]
+    branch = product.array if order == sorted(order) else lax.transpose(product.array, order)
+    return add_branch(context, base, lax.expand_dims(branch, units) if units else branch)
+
+
+def _selected_weights(
+    context: Context,
+    weight: LoraWeight,
+    base: jax.Array,
+    act: Any,
+    looked_up: list[int],
+    kinds: set[str],
+    stays: list[int],
+    out_labels: list[Label],
+    n_index: int,
+) -> LoraWeight:
+    """Both in and out axes remain: the result is a LoraWeight, its index axes of the kind looked up."""
+    if len(kinds) > 1 and n_index:
+        raise context.refuse([weight], f"it looks up {' and '.join(sorted(kinds))} axes at once")
+    kind = next(iter(kinds), "unit")
+    picked = per_axis(weight, base, act)
+    index_first = [*(kind for _ in range(n_index)), *(weight.axes[i] for i in stays)]
+    if kind == "out":
+        # The index axes come first in b too, before the batch axes and the rank.
+        n_batch = sum(weight.axes[i] == "batch" for i in stays)
+        order = [*range(n_index, n_index + n_batch + 1), *range(n_index)]
+        order += range(len(order), picked.b.ndim)
+        picked = picked.replace(b=lax.transpose(picked.b, order))
+    elif kind == "in":
+        n_batch = sum(weight.axes[i] == "batch" for i in stays)
+        order = [*range(n_index, n_index + n_batch), *range(n_index)]
+        order += range(len(order), picked.a.ndim)
+        picked = picked.replace(a=lax.transpose(picked.a, order))
+    names: list[Label] = [*(("index", n) for n in range(n_index)), *(("w", i) for i in stays)]
+    picked = picked.replace(axes=tuple(index_first))
+    return permuted(picked, base, [names.index(label) for label in out_labels])
+
+
+# Convolution
+
+
+@register(p.conv_general_dilated_p)
+def conv(context: Context, lhs: Any, rhs: Any, **params: Any) -> Any:
+    """A convolution with each factor in turn, each over the spatial axes that it holds.
+
+    A factor without a spatial axis has size one along it, so stride, padding and dilation belong to
+    the factor that has it. Of g groups, each sees its own inputs through the same a, so a is
+    repeated g times; b's outputs are g blocks.
+    """
+    if not isinstance(rhs, LoraWeight) or isinstance(lhs, LoraWeight):
+        raise context.refuse([lhs, rhs], "the weight is the convolution's input, not its kernel")
+    weight, dims = rhs, params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    if params["batch_group_count"] != 1:
+        raise context.refuse([weight], "the convolution has batch groups")
+    if "batch" in weight.axes:
+        raise context.refuse([weight], "the kernel has a batch axis; map over it with vmap or scan")
+    base = bind(context.eqn, [lhs, weight.w])[0]
+    out_axis, in_axis, *spatial = dims.rhs_spec
+    feature_in, feature_out = weight.axes[in_axis], weight.axes[out_axis]
+    if feature_in == feature_out or "unit" in (feature_in, feature_out):
+        raise context.refuse(
+            [weight],
+            f"its input features are an {feature_in!r} axis and its output features an {feature_out!r} axis",
+        )
+    dtype = wide_dtype(lhs.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
+    x = dropped(context, _as(lhs, dtype), weight.dropout)
+    labels = list(range(len(weight.axes)))
+    a, b = factors(weight, labels, dtype)
+    first, second = (a, b) if in_axis in a.labels else (b, a)
+    plain = {k: params[k] for k in ("dimension_numbers", "precision")}
+    plain["precision"] = _plain_precision(params["precision"], swap=False)
+
+    def kernel(factor: Labelled, features: Sequence[Label]) -> jax.Array:
+        """The factor in the kernel's own layout, with (out, in) features as given and size one elsewhere."""
+        places = dict(zip((out_axis, in_axis), features, strict=True))
+        wanted = [places.get(i, i) for i in labels]
+        order = [factor.labels.index(s) for s in wanted if s in factor.labels]
+        array = lax.transpose(factor.array, order)
+        return lax.expand_dims(array, [i for i, s in enumerate(wanted) if s not in factor.labels])
+
+    def options(factor: Labelled, group_count: int) -> dict[str, Any]:
+        held = [axis in factor.labels for axis in spatial]
+        pick = {"window_strides": 1, "padding": (0, 0), "lhs_dilation": 1, "rhs_dilation": 1}
+        chosen = {
+            name: [value if here else idle for value, here in zip(params[name], held, strict=True)]
+            for name, idle in pick.items()
+        }
+        return {**chosen, **plain, "feature_group_count": group_count, "preferred_element_type": dtype}
+
+    units = [axis for axis in spatial if weight.axes[axis] == "unit"]
+    if units:  # of size one: they belong to whichever factor comes first
+        first = Labelled(lax.expand_dims(first.array, range(len(units))), (*units, *first.labels))
+    first_kernel = kernel(first, (RANK, in_axis))
+    second_kernel = kernel(second, (out_axis, RANK))
+    if groups > 1:
+        first_kernel = lax.concatenate([first_kernel] * groups, out_axis)
+    middle = lax.conv_general_dilated(x, first_kernel, **options(first, groups))
+    branch = lax.conv_general_dilated(middle, second_kernel, **options(second, groups))
+    return add_branch(context, base, branch)

@@ -1,0 +1,269 @@
+"""Rules for primitives that only move, cut or cast a weight: a LoraWeight goes in, a LoraWeight comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import primitives as p
+
+from lora_jax.interpret import Context, bind, register
+from lora_jax.weight import AxisKind, LoraWeight, wide_dtype
+
+
+def _only(context: Context, operands: Sequence[Any]) -> LoraWeight:
+    """The first operand, which must be the only LoraWeight."""
+    if not isinstance(operands[0], LoraWeight) or any(isinstance(x, LoraWeight) for x in operands[1:]):
+        raise context.refuse(operands, "the weight is an operand that says where or how much")
+    return operands[0]
+
+
+def _base(context: Context, weight: LoraWeight, *others: Any) -> jax.Array:
+    return bind(context.eqn, [weight.w, *others])[0]
+
+
+def per_axis(
+    weight: LoraWeight, w: jax.Array, fn: Callable[[Any, Callable[[int], int | None]], Any]
+) -> LoraWeight:
+    """Act on the factors as on `w`, where the action names axes of `w`.
+
+    `fn(factor, where)` acts on one factor; `where(i)` is the position in it of w's axis i, or None
+    where the factor does not hold that axis.
+    """
+    batch, inner, outer = (weight.axes_of(kind) for kind in ("batch", "in", "out"))
+
+    def locate(order: Sequence[int | None]) -> Callable[[int], int | None]:
+        places = {axis: i for i, axis in enumerate(order)}
+        return places.get
+
+    return weight.replace(
+        w=w,
+        a=fn(weight.a, locate([*batch, *inner, None])),
+        b=fn(weight.b, locate([*batch, None, *outer])),
+        scale=fn(weight.scale, locate(batch)),
+    )
+
+
+@register(p.convert_element_type_p, p.reduce_precision_p)
+def cast(context: Context, *operands: Any, **params: Any) -> LoraWeight:
+    """The base is rounded as the model says; the factors keep their precision."""
+    weight = _only(context, operands)
+    out = context.eqn.outvars[0].aval
+    if not jax.numpy.issubdtype(out.dtype, jax.numpy.inexact):
+        raise context.refuse(operands, f"it is converted to {out.dtype}, which is not a floating dtype")
+    return weight.replace(w=_base(context, weight))
+
+
+@register(p.copy_p, p.name_p, p.sharding_constraint_p)
+def pass_on(context: Context, *operands: Any, **params: Any) -> LoraWeight:
+    """What concerns the base array alone."""
+    weight = _only(context, operands)
+    return weight.replace(w=_base(context, weight))
+
+
+@register(p.stop_gradient_p)
+def stop_gradient(context: Context, weight: LoraWeight, **params: Any) -> LoraWeight:
+    """No gradient passes to the base, and none to the factors."""
+    return jax.tree.map(lax.stop_gradient, weight)
+
+
+@register(p.transpose_p)
+def transpose(context: Context, *operands: Any, permutation: Sequence[int]) -> LoraWeight:
+    """The factors hold their axes in w's order, so they are transposed with it."""
+    weight = _only(context, operands)
+    return permuted(weight, _base(context, weight), permutation)
+
+
+def permuted(weight: LoraWeight, w: jax.Array, permutation: Sequence[int]) -> LoraWeight:
+    """The weight whose axes are `permutation` of this one's, with the base already transposed."""
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        order = [i for i in map(where, permutation) if i is not None]
+        rank = sorted(set(range(factor.ndim)) - set(order))
+        # The rank axis stays where it is: behind the in axes of a, before the out axes of b.
+        for place in rank:
+            order.insert(place, place)
+        return lax.transpose(factor, order)
+
+    return per_axis(weight, w, act).replace(axes=tuple(weight.axes[i] for i in permutation))
+
+
+@register(p.rev_p)
+def rev(context: Context, *operands: Any, dimensions: Sequence[int]) -> LoraWeight:
+    """The factor that holds a reversed axis is reversed along it."""
+    weight = _only(context, operands)
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        return lax.rev(factor, [i for i in map(where, dimensions) if i is not None])
+
+    return per_axis(weight, _base(context, weight), act)
+
+
+@register(p.slice_p)
+def slice_(
+    context: Context, *operands: Any, start_indices: Any, limit_indices: Any, strides: Any
+) -> LoraWeight:
+    """The factor that holds a sliced axis is sliced along it."""
+    weight = _only(context, operands)
+    steps = strides or (1,) * len(weight.axes)
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        start, limit, stride = [0] * factor.ndim, list(factor.shape), [1] * factor.ndim
+        for axis in range(len(weight.axes)):
+            place = where(axis)
+            if place is not None:
+                start[place], limit[place] = start_indices[axis], limit_indices[axis]
+                stride[place] = steps[axis]
+        return lax.slice(factor, start, limit, stride)
+
+    w = _base(context, weight)
+    return per_axis(weight, w, act)
+
+
+@register(p.dynamic_slice_p)
+def dynamic_slice(context: Context, *operands: Any, slice_sizes: Sequence[int]) -> LoraWeight:
+    """As slice, from starts known at run time; both clamp a start in the same way."""
+    weight, *starts = _only(context, operands), *operands[1:]
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
+            place = where(axis)
+            if place is not None and size != factor.shape[place]:
+                factor = lax.dynamic_slice_in_dim(factor, start, size, place)
+        return factor
+
+    return per_axis(weight, _base(context, weight, *starts), act)
+
+
+@register(p.squeeze_p)
+def squeeze(context: Context, *operands: Any, dimensions: Sequence[int]) -> LoraWeight:
+    """An axis of size one leaves the factor that holds it."""
+    weight = _only(context, operands)
+    return squeezed(weight, _base(context, weight), dimensions)
+
+
+def squeezed(weight: LoraWeight, w: jax.Array, dimensions: Sequence[int]) -> LoraWeight:
+    """The weight without some axes of size one, with the base already squeezed."""
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        return lax.squeeze(factor, [i for i in map(where, dimensions) if i is not None])
+
+    axes = tuple(kind for i, kind in enumerate(weight.axes) if i not in dimensions)
+    return per_axis(weight, w, act).replace(axes=axes)
+
+
+@register(p.broadcast_in_dim_p)
+def broadcast_in_dim(
+    context: Context, *operands: Any, shape: Sequence[int], broadcast_dimensions: Sequence[int], sharding: Any
+) -> LoraWeight:
+    """A new axis of size one is a unit axis; a longer one repeats the weight, as a batch axis."""
+    weight = _only(context, operands)
+    old = weight.w.shape
+    axes: list[AxisKind] = ["unit" if n == 1 else "batch" for n in shape]
+    for i, place in enumerate(broadcast_dimensions):
+        if old[i] == shape[place]:
+            axes[place] = weight.axes[i]
+    # An axis of size one that is repeated is a batch axis from now on, so it leaves its factor first.
+    grown = [i for i, place in enumerate(broadcast_dimensions) if old[i] != shape[place]]
+    weight_base = _base(context, weight)
+    thin = squeezed(weight, weight_base, grown)
+    kept = [place for i, place in enumerate(broadcast_dimensions) if i not in grown]
+    new_batch = [i for i, kind in enumerate(axes) if kind == "batch"]
+    held = [place for place in new_batch if place in kept]
+    batch_shape = [shape[i] for i in new_batch]
+
+    def act(factor: jax.Array) -> jax.Array:
+        rest = factor.shape[len(held) :]
+        places = [new_batch.index(place) for place in held]
+        places += [len(new_batch) + i for i in range(len(rest))]
+        return lax.broadcast_in_dim(factor, (*batch_shape, *rest), places)
+
+    return thin.replace(a=act(thin.a), b=act(thin.b), scale=act(thin.scale), axes=tuple(axes))
+
+
+@register(p.reshape_p)
+def reshape(context: Context, *operands: Any, new_sizes: Sequence[int], **params: Any) -> LoraWeight:
+    """Adjacent axes of one kind merge, and any axis splits; an in axis never merges with an out axis."""
+    weight = _only(context, operands)
+    if params.get("dimensions") is not None:
+        raise context.refuse(operands, "a reshape that also transposes")
+    axes: list[AxisKind] = []
+    for old, new in reshape_groups(weight.w.shape, new_sizes):
+        kinds = {weight.axes[i] for i in old if weight.w.shape[i] != 1}
+        if len(kinds) > 1:
+            merged = " and ".join(f"{weight.axes[i]!r}" for i in old)
+            raise context.refuse(
+                operands, f"reshaping {weight.w.shape} to {tuple(new_sizes)} merges {merged} axes"
+            )
+        kind = kinds.pop() if kinds else "unit"
+        axes += [kind if new_sizes[i] != 1 else "unit" for i in new]
+    by_kind = {
+        kind: tuple(n for n, k in zip(new_sizes, axes, strict=True) if k == kind)
+        for kind in ("batch", "in", "out")
+    }
+    batch, rank = by_kind["batch"], (weight.rank,)
+    return weight.replace(
+        w=_base(context, weight),
+        a=lax.reshape(weight.a, (*batch, *by_kind["in"], *rank)),
+        b=lax.reshape(weight.b, (*batch, *rank, *by_kind["out"])),
+        scale=lax.reshape(weight.scale, batch),
+        axes=tuple(axes),
+    )
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of old axes that a reshape turns into runs of new axes.
+
+    >>> reshape_groups((6, 4, 5), (2, 3, 20))
+    [([0], [0, 1]), ([1, 2], [2])]
+    """
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        ours, theirs = [], []
+        while True:
+            size, target = math.prod(old[k] for k in ours), math.prod(new[k] for k in theirs)
+            if (ours or theirs) and size == target:
+                break
+            if i < len(old) and (size <= target and (ours == [] or size < target) or j >= len(new)):
+                ours.append(i)
+                i += 1
+            else:
+                theirs.append(j)
+                j += 1
+        groups.append((ours, theirs))
+    return groups
+
+
+@register(p.neg_p)
+def neg(context: Context, weight: LoraWeight, **params: Any) -> LoraWeight:
+    """The sign goes to the scale."""
+    return weight.replace(w=_base(context, weight), scale=lax.neg(weight.scale))
+
+
+@register(p.mul_p)
+def mul(context: Context, x: Any, y: Any, **params: Any) -> LoraWeight:
+    """A scalar factor goes to the scale."""
+    weight, factor = (x, y) if isinstance(x, LoraWeight) else (y, x)
+    if isinstance(factor, LoraWeight) or jax.numpy.ndim(factor):
+        raise context.refuse([x, y], "the product with an array is elementwise")
+    operands = [v.w if isinstance(v, LoraWeight) else v for v in (x, y)]
+    return weight.replace(w=bind(context.eqn, operands)[0], scale=_times(weight.scale, factor))
+
+
+@register(p.div_p)
+def div(context: Context, weight: Any, divisor: Any, **params: Any) -> LoraWeight:
+    """A scalar divisor goes to the scale."""
+    if isinstance(divisor, LoraWeight) or jax.numpy.ndim(divisor):
+        raise context.refuse([weight, divisor], "the quotient is elementwise")
+    one = jax.numpy.ones((), weight.scale.dtype)
+    factor = lax.div(one, lax.convert_element_type(divisor, weight.scale.dtype))
+    return weight.replace(w=_base(context, weight, divisor), scale=_times(weight.scale, factor))
+
+
+def _times(scale: jax.Array, factor: Any) -> jax.Array:
+    """The scale is float32, or wider where the factor is."""
+    wide = wide_dtype(scale.dtype, getattr(factor, "dtype", scale.dtype))
+    return lax.mul(scale.astype(wide), lax.broadcast(lax.convert_element_type(factor, wide), scale.shape))
