@@ -4,6 +4,14 @@ from lora_jax import rules as rules
 from lora_jax.interpret import RefusedError as RefusedError
 from lora_jax.interpret import lora as lora
 from lora_jax.interpret import register as register
+from lora_jax.params import combine as combine
+from lora_jax.params import labels as labels
+from lora_jax.params import merge as merge
+from lora_jax.params import partition as partition
+from lora_jax.params import summary as summary
+from lora_jax.params import swap as swap
+from lora_jax.params import unmerge as unmerge
+from lora_jax.params import wrap as wrap
 from lora_jax.weight import FullWeight as FullWeight
 from lora_jax.weight import LoraWeight as LoraWeight
 from lora_jax.weight import NotUnderLoraError as NotUnderLoraError

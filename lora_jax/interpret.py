@@ -356,6 +356,13 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def _settled(out: Any) -> Any:
+    """A row or a column of a weight, which has no in or no out axis left, is an array like another."""
+    if isinstance(out, LoraWeight) and not {"in", "out"} <= set(out.axes):
+        return out.dense()
+    return out
+
+
 def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: frozenset[str]) -> list[Any]:
     key = None if key is None else jax.random.fold_in(key, index)
     context = Context(key, densify, eqn)
@@ -364,7 +371,8 @@ def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: froz
         if rule is None:
             raise context.refuse(values, "no rule is registered for this primitive")
         outs = rule(context, *values, **eqn.params)
-        return list(outs) if eqn.primitive.multiple_results else [outs]
+        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        return [_settled(out) for out in outs]
     except RefusedError as error:
         if not densify.issuperset(error.paths):
             raise

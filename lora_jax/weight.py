@@ -194,7 +194,7 @@ class LoraWeight(_Node):
         """
         wide = wide_dtype(self.w.dtype, self.a.dtype, self.b.dtype)
         out = self.w.dtype if dtype is None else jnp.dtype(dtype)
-        delta = self.delta(wide)
+        delta = _laid_out_as(self.delta(wide), self.w)
         total = lax.convert_element_type(self.w.astype(wide) + delta, out)
         return jnp.where(delta == 0, self.w.astype(out), total)
 
@@ -206,6 +206,13 @@ class LoraWeight(_Node):
             f"LoraWeight({self.path!r}, w={show(self.w)}, a={show(self.a)}, b={show(self.b)}, "
             f"scale={show(self.scale)}, axes={self.axes}, dropout={self.dropout})"
         )
+
+
+def _laid_out_as(x: jax.Array, like: Any) -> jax.Array:
+    """An array in another's sharding where axes are Explicit, which add and select demand."""
+    sharding = jax.typeof(like).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(x, sharding) if explicit else x
 
 
 class FullWeight(_Node):

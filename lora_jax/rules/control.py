@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
-from lora_jax.interpret import Context, RefusedError, bind, evaluate, register
+from lora_jax.interpret import Context, RefusedError, evaluate, register
 from lora_jax.weight import LoraWeight
 
 _KEPT = 1024  # functions; each also keeps its jaxpr alive
@@ -71,12 +71,6 @@ def _is_weight(node: Any) -> bool:
 
 def _map_weights(fn: Callable[[LoraWeight], LoraWeight], tree: Any) -> Any:
     return jax.tree.map(lambda x: fn(x) if _is_weight(x) else x, tree, is_leaf=_is_weight)
-
-
-def _refuse_weights(context: Context, values: Sequence[Any], why: str) -> None:
-    weights = [value for value in values if _is_weight(value)]
-    if weights:
-        raise context.refuse(weights, why)
 
 
 # jit
@@ -203,7 +197,7 @@ def scan(
             raise context.refuse(
                 [x],
                 f"the scan runs over axis 0 of shape {x.w.shape}, which is an {x.axes[0]!r} axis and not a "
-                f"'batch' axis (wrap it with axes={{{x.path!r}: ('batch', ...)}} if it stacks layers)",
+                f"'batch' axis; if it stacks layers, say so in wrap(..., axes=...)",
             )
     keys = None
     if context.key is not None:

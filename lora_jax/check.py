@@ -1,0 +1,115 @@
+"""`check_merge`: what rounding costs when an update is merged into its base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.interpret import lora
+from lora_jax.params import combine, merge, partition
+from lora_jax.tree import leaves_with_path
+from lora_jax.weight import LoraWeight, is_wrapped_leaf, wide_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedLeaf:
+    """What merging did to one leaf.
+
+    Attributes:
+        path: The leaf's path.
+        dtype: The base's dtype, which the sum was rounded to.
+        size: rms(ΔW) / rms(W): how large the update is beside the weight.
+        lost: ‖(W′ - W) - ΔW‖ / ‖ΔW‖ in the Frobenius norm, W′ being what merge gives: the share of
+            the update that rounding lost; 0 is none, and 1 is as much as the update itself.
+        unmoved: The share of entries with an update that kept their old value.
+    """
+
+    path: str
+    dtype: str
+    size: float
+    lost: float
+    unmoved: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What `check_merge` found; `str()` gives a table.
+
+    Attributes:
+        leaves: A `MergedLeaf` for every adapted leaf.
+        difference: The largest absolute difference between an output of `lora(fn)(wrapped, ...)` and
+            of `fn(merge(wrapped), ...)`.
+        scale: The largest absolute value among the outputs of `lora(fn)(wrapped, ...)`.
+        agreement: The share of positions whose largest entry along the last axis of the first
+            floating output is the same in both (top-1 agreement); None if that output is a scalar.
+    """
+
+    leaves: tuple[MergedLeaf, ...]
+    difference: float
+    scale: float
+    agreement: float | None
+
+    def __str__(self) -> str:
+        width = max(len("path"), *(len(leaf.path) for leaf in self.leaves))
+        lines = [f"{'path':<{width}}  {'dtype':<9} {'rms ΔW/W':>9} {'ΔW lost':>8} {'unmoved':>8}"]
+        lines += [
+            f"{x.path:<{width}}  {x.dtype:<9} {x.size:>9.2g} {x.lost:>8.2%} {x.unmoved:>8.2%}" for x in self.leaves
+        ]
+        lines.append(f"largest output difference {self.difference:.3g} (largest output {self.scale:.3g})")
+        if self.agreement is not None:
+            lines.append(f"top-1 agreement {self.agreement:.2%}")
+        return "\n".join(lines)
+
+
+def check_merge(fn: Callable[..., Any], wrapped: Any, *args: Any, **kwargs: Any) -> MergeReport:
+    r"""Compare `lora(fn)(wrapped, ...)` with `fn(merge(wrapped), ...)`, and the merged leaves with W + ΔW.
+
+    Merging rounds :math:`W + \Delta W` once to the base's dtype. An entry moves only if its update is
+    at least half a unit in W's last place: 2⁻⁹ of W in bfloat16, 2⁻¹² in float16, 2⁻²⁵ in float32
+    (up to a factor of two, by where W lies between powers of two). Smaller updates are lost there
+    and kept by `lora`, which adds the branch to the output instead.
+
+    Args:
+        fn: The function; its first argument is the tree.
+        wrapped: The wrapped tree. An nnx module is not changed.
+        *args: fn's other arguments.
+        **kwargs: fn's keyword arguments.
+
+    Returns:
+        A `MergeReport`.
+
+    Raises:
+        ValueError: the tree holds no LoraWeight, or merging gives a value that is not finite.
+
+    >>> weight = LoraWeight(jnp.ones((4, 4), jnp.bfloat16), jnp.full((4, 1), 1e-4), jnp.ones((1, 4)))
+    >>> report = check_merge(lambda w, x: x @ w, weight, jnp.ones((2, 4), jnp.bfloat16))
+    >>> report.leaves[0].unmoved
+    1.0
+    """
+    merged = merge(wrapped)
+    nodes = leaves_with_path(partition_free(wrapped), is_wrapped_leaf)
+    new = dict(leaves_with_path(partition_free(merged)))
+    leaves = tuple(_leaf(path, node, new[path]) for path, node in nodes if isinstance(node, LoraWeight))
+    if not leaves:
+        raise ValueError("check_merge was given a tree without a LoraWeight; there is nothing to compare.")
+    unmerged_out = lora(fn)(combine(*partition(wrapped)), *args, **kwargs)
+    merged_out = fn(merged, *args, **kwargs)
+    pairs = [
+        (ours.astype(wide_dtype(ours.dtype)), theirs.astype(wide_dtype(ours.dtype)))
+        for ours, theirs in zip(jax.tree.leaves(unmerged_out), jax.tree.leaves(merged_out), strict=True)
+        if isinstance(ours, jax.Array) and jnp.issubdtype(ours.dtype, jnp.floating)
+    ]
+    if not pairs:
+        raise ValueError("fn returned no floating array to compare; give one that returns logits or a loss.")
+    first, second = pairs[0]
+    same = jnp.argmax(first, -1) == jnp.argmax(second, -1) if first.ndim else None
+    return MergeReport(
+        leaves,
+        difference=max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs),
+        scale=max(float(jnp.max(jnp.abs(x))) for x, _ in pairs),
+        agreement=None if same is None else float(jnp.mean(same)),
+    )

@@ -1,0 +1,427 @@
+"""Adapters on disk: the trained factors and leaves, their spec and the base's fingerprint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax import params as params_lib
+from lora_jax.params import Adapter
+from lora_jax.tree import leaves_with_path
+from lora_jax.weight import FullWeight, LoraWeight
+
+FORMAT = 1
+"""The version written into every file; a file of a newer version is refused."""
+
+_MARK = "lora_jax"  # the key in a safetensors header, and the name of a directory's spec file
+_SPEC_FILE = f"{_MARK}.json"
+_ARRAYS = "arrays"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "C64": np.complex64}
+_INSTALL = 'pip install "lora-jax[safetensors]"'
+
+
+def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool = False) -> None:
+    """Write an adapter: the factors and the leaves trained in full, never the base.
+
+    Of a LoraWeight at path p the arrays `p:a`, `p:b` and `p:scale` are written, of a FullWeight
+    `p:value`, each with its own shape and dtype, bit for bit. With them goes a JSON spec: the
+    format's version, every leaf's kind, axes, rank, dropout and dtype, the shapes and the
+    fingerprint of the base, and a checksum of all that was written.
+
+    A path that ends in `.safetensors` names one file, with the spec in its header. Any other path
+    names a directory: `arrays`, which is an orbax checkpoint of a flat dict, beside the spec in
+    `lora_jax.json`. Relative paths and `~` are understood, and missing parent folders are made.
+
+    The call returns when the bytes are durable. The adapter is written under another name and
+    renamed when it is whole, so no failure leaves half an adapter at `path`.
+
+    Args:
+        path: Where to write.
+        wrapped: A wrapped tree of any kind, or an `Adapter`.
+        overwrite: Whether an adapter that is already there may be replaced; it is kept until the
+            new one is durable. Anything that is not an adapter is never replaced.
+
+    Raises:
+        FileExistsError: there is something at `path`, and `overwrite` is not set or it is no adapter.
+        ValueError: `path` is a URL, or the format cannot hold one of the arrays.
+        ModuleNotFoundError: a `.safetensors` file is asked for and safetensors is not installed.
+
+    >>> import tempfile, lora_jax
+    >>> params = {"mlp": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    >>> wrapped = lora_jax.wrap(params, rank=2, targets="kernel")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(f"{folder}/run/adapter", wrapped)
+    ...     loaded = load_adapter(f"{folder}/run/adapter", params)
+    >>> loaded["mlp"]["kernel"].a.shape
+    (8, 2)
+    """
+    target = _local(path)
+    adapter = wrapped if isinstance(wrapped, Adapter) else params_lib.adapter(wrapped)
+    _check_vacant(target, overwrite)
+    created = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, since only inside one file system is a rename atomic.
+    staging = Path(tempfile.mkdtemp(prefix=f".{_MARK}-", dir=target.parent))
+    try:
+        new, old = staging / "new", staging / "old"
+        if _is_file(target):
+            _write_safetensors(new, adapter, target)
+        else:
+            _write_directory(new, adapter, target)
+        _check_vacant(target, overwrite)
+        if target.is_dir():
+            os.rename(target, old)  # no rename replaces a directory that holds something
+            try:
+                os.rename(new, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
+        else:
+            os.replace(new, target)
+        for folder in (target.parent, *(folder.parent for folder in created)):
+            _sync(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_adapter(path: str | os.PathLike[str], params: Any) -> Any:
+    """Read an adapter and put it onto its base.
+
+    Args:
+        path: What `save_adapter` was given.
+        params: The base: a tree of any kind with the paths, shapes and values that the adapter was
+            trained on. On abstract leaves (`jax.ShapeDtypeStruct`) there are no values to compare.
+
+    Returns:
+        A wrapped tree of the structure of `params`. The factors are bit for bit those that were
+        saved, on the default device; the base's arrays are the very objects of `params`.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: what is there is truncated, damaged, of a newer format or no adapter; or the
+            base's paths, shapes or values differ from those the adapter was trained on, with a
+            list of the differences.
+        ModuleNotFoundError: the path ends in `.safetensors` and safetensors is not installed.
+
+    >>> load_adapter("no/such/adapter", {"kernel": jnp.ones((8, 4))})
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: there is no adapter at '.../no/such/adapter'...
+    """
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves_with_path(params))
+    return params_lib.attach(params, read_adapter(path), check=not abstract)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter without its base, for `swap`, `unmerge` and `save_adapter`.
+
+    Args:
+        path: What `save_adapter` was given.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: what is there is truncated, damaged, of a newer format or no adapter.
+        ModuleNotFoundError: the path ends in `.safetensors` and safetensors is not installed.
+
+    >>> import tempfile, lora_jax
+    >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(f"{folder}/adapter", wrapped)
+    ...     list(read_adapter(f"{folder}/adapter").leaves)
+    ['kernel']
+    """
+    target = _local(path)
+    if not target.exists():
+        raise FileNotFoundError(
+            f"there is no adapter at {str(target)!r}; write the path that save_adapter was given."
+        )
+    if _is_file(target):
+        spec, arrays = _read_safetensors(target)
+    else:
+        spec, arrays = _read_directory(target)
+    with _damage(target, "its spec does not fit its arrays"):
+        return _decode(spec, arrays, target)
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path)
+    if "://" in text:
+        raise ValueError(
+            f"{text!r} is a URL; write a path of a mounted file system, and copy the adapter from there."
+        )
+    # orbax fails on a relative path in a background thread, and says nothing.
+    return Path(text).expanduser().resolve()
+
+
+def _is_file(target: Path) -> bool:
+    return target.suffix == ".safetensors"
+
+
+def _check_vacant(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not _is_file(target) and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"there is something at {str(target)!r} already; write overwrite=True to replace an adapter, "
+            "or another path."
+        )
+    try:
+        _read_header(target) if _is_file(target) else _read_spec(target)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(
+            f"overwrite=True replaces an adapter and nothing else, and {str(target)!r} is not a whole one "
+            f"({error}). Remove it, or write another path."
+        ) from None
+
+
+@contextmanager
+def _damage(target: Path, what: str) -> Iterator[None]:
+    """Say of any failure in the body, whatever library it comes from, that the adapter is damaged."""
+    try:
+        yield
+    except (_AdapterError, PermissionError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        cause = (str(error).strip().splitlines() or [""])[0][:200]
+        raise _AdapterError(
+            f"the adapter at {str(target)!r} is truncated or damaged: {what} "
+            f"({type(error).__name__}: {cause}). Save it again, or restore it from a copy."
+        ) from None
+
+
+class _AdapterError(ValueError):
+    """An error that already names the file and what is wrong with it."""
+
+
+def _foreign(target: Path, what: str) -> _AdapterError:
+    return _AdapterError(f"{str(target)!r} is no adapter that save_adapter wrote: {what}.")
+
+
+# Spec: {"format": 1, "crc32": that of the JSON of the content, "content": {"leaves", "shapes",
+# "fingerprint", "checksums": {name of an array or a file: [bytes, crc32]}}}
+
+
+def _encode(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    leaves: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
+    for path, leaf in adapter.leaves.items():
+        if isinstance(leaf, LoraWeight):
+            parts = {"a": leaf.a, "b": leaf.b, "scale": leaf.scale}
+            leaves[path] = {"kind": "lora", "axes": list(leaf.axes), "rank": leaf.rank}
+            leaves[path]["dropout"] = leaf.dropout
+        else:
+            parts = {"value": leaf.value}
+            leaves[path] = {"kind": "full", "dtype": jnp.dtype(leaf.dtype).name}
+        leaves[path]["arrays"] = {
+            part: {"shape": list(x.shape), "dtype": x.dtype.name} for part, x in parts.items()
+        }
+        arrays |= {f"{path}:{part}": x for part, x in parts.items()}
+    content = {
+        "leaves": leaves,
+        "shapes": {path: [list(shape), str(dtype)] for path, (shape, dtype) in adapter.shapes.items()},
+        "fingerprint": dict(adapter.fingerprint),
+    }
+    return content, arrays
+
+
+def _decode(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], target: Path) -> Adapter:
+    shapes = {path: (tuple(shape), str(dtype)) for path, (shape, dtype) in content["shapes"].items()}
+    leaves: dict[str, Any] = {}
+    expected = {f"{path}:{part}" for path, entry in content["leaves"].items() for part in entry["arrays"]}
+    if expected != set(arrays):
+        raise ValueError(f"arrays differ from the spec: {sorted(expected ^ set(arrays))[:4]}")
+    for path, entry in content["leaves"].items():
+        parts = {}
+        for part, kind in entry["arrays"].items():
+            array = arrays[f"{path}:{part}"]
+            if [list(array.shape), array.dtype.name] != [kind["shape"], kind["dtype"]]:
+                raise ValueError(f"{path}:{part} is {array.dtype.name}{list(array.shape)}")
+            parts[part] = _on_device(array, f"{path}:{part}", target)
+        shape, dtype = shapes[path]
+        if entry["kind"] == "lora":
+            # An abstract base, so that the constructor checks the factors against the axes.
+            base = jax.ShapeDtypeStruct(shape, dtype)
+            axes, dropout = tuple(entry["axes"]), entry["dropout"]
+            leaf = LoraWeight(base, parts["a"], parts["b"], parts["scale"], axes, path, dropout)
+            leaves[path] = leaf.replace(w=None, scale=parts["scale"])
+        elif entry["kind"] == "full" and parts["value"].shape == shape:
+            leaves[path] = FullWeight(parts["value"], entry["dtype"], path)
+        else:
+            raise ValueError(f"the leaf {path} is neither a weight with factors nor one trained in full")
+    fingerprint = {path: int(value) for path, value in content["fingerprint"].items()}
+    return Adapter(leaves=leaves, shapes=shapes, fingerprint=fingerprint)
+
+
+def _on_device(array: np.ndarray, name: str, target: Path) -> jax.Array:
+    value = jnp.array(array)  # a copy, so that a train step may donate it
+    if value.dtype != array.dtype:
+        raise _AdapterError(
+            f"the adapter at {str(target)!r} holds {name!r} as {array.dtype.name}, which jax would round to "
+            f'{value.dtype.name}; write jax.config.update("jax_enable_x64", True) first.'
+        )
+    return value
+
+
+def _checksum(data: Any) -> list[int]:
+    return [len(data), zlib.crc32(data)]
+
+
+def _seal(content: dict[str, Any], checksums: dict[str, list[int]]) -> str:
+    content = content | {"checksums": checksums}
+    crc = zlib.crc32(_canonical(content))
+    return json.dumps({"format": FORMAT, "crc32": crc, "content": content}, indent=1)
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _unseal(text: str | bytes, target: Path) -> dict[str, Any]:
+    with _damage(target, "its spec cannot be read"):
+        spec = json.loads(text)
+        version = int(spec["format"])
+        if version > FORMAT:
+            raise _AdapterError(
+                f"the adapter at {str(target)!r} has format {version} and this version of lora_jax reads "
+                f"formats up to {FORMAT}; install a newer one: pip install --upgrade lora-jax."
+            )
+        if zlib.crc32(_canonical(spec["content"])) != spec["crc32"]:
+            raise ValueError("the spec's checksum is wrong")
+        return spec["content"]
+
+
+def _check_sums(found: Mapping[str, list[int]], content: Mapping[str, Any]) -> None:
+    for name, sums in content["checksums"].items():
+        if found.get(name) != sums:
+            state = "is missing" if name not in found else "has other bytes than were written"
+            raise ValueError(f"{name} {state}")
+
+
+def _write_directory(new: Path, adapter: Adapter, target: Path) -> None:
+    content, arrays = _encode(adapter)
+    new.mkdir()
+    # orbax holds no array without entries; the spec's shape is all there is to know of one.
+    arrays = {name: x for name, x in arrays.items() if math.prod(x.shape)}
+    if arrays:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(new / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
+    files = {file.relative_to(new).as_posix(): file for file in _files(new)}
+    checksums = {name: _checksum(file.read_bytes()) for name, file in files.items()}
+    (new / _SPEC_FILE).write_text(_seal(content, checksums), encoding="utf-8")
+    for entry in (*_files(new), *(folder for folder in new.rglob("*") if folder.is_dir()), new):
+        _sync(entry)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.rglob("*") if entry.is_file())
+
+
+def _read_spec(target: Path) -> dict[str, Any]:
+    if not target.is_dir():
+        raise _foreign(target, "it is a file, and the name of an adapter in one file ends in .safetensors")
+    file = target / _SPEC_FILE
+    if not file.is_file():
+        raise _foreign(target, f"the folder has no {_SPEC_FILE}")
+    return _unseal(file.read_bytes(), target)
+
+
+def _read_directory(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    content = _read_spec(target)
+    with _damage(target, "its files are not those that were written"):
+        # Before orbax reads them, whose errors come from several threads and name no file.
+        found = {
+            name: _checksum((target / name).read_bytes())
+            for name in content["checksums"]
+            if (target / name).is_file()
+        }
+        _check_sums(found, content)
+    with _damage(target, "its arrays cannot be read"):
+        stored, empty = [], {}
+        for path, entry in content["leaves"].items():
+            for part, kind in entry["arrays"].items():
+                if math.prod(kind["shape"]):
+                    stored.append(f"{path}:{part}")
+                else:
+                    empty[f"{path}:{part}"] = np.zeros(kind["shape"], jnp.dtype(kind["dtype"]))
+        if not stored:
+            return content, empty
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)  # the devices it was saved from may be gone
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(
+                target / _ARRAYS, args=ocp.args.PyTreeRestore(restore_args=dict.fromkeys(stored, as_numpy))
+            )
+        return content, arrays | empty
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"an adapter in one .safetensors file needs the package safetensors: {_INSTALL}. Without it, "
+            "write a path without that ending."
+        ) from None
+    return safetensors
+
+
+def _write_safetensors(new: Path, adapter: Adapter, target: Path) -> None:
+    library = _safetensors()
+    content, arrays = _encode(adapter)
+    host = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+    checksums = {name: _checksum(x.tobytes()) for name, x in host.items()}
+    try:
+        data = library.numpy.save(host, metadata={_MARK: _seal(content, checksums)})
+    except Exception as error:
+        raise ValueError(
+            f"the adapter cannot be written to {str(target)!r}: {type(error).__name__}: {error}. A path "
+            "without .safetensors makes a directory, which holds every dtype."
+        ) from None
+    new.write_bytes(data)
+    _sync(new)
+
+
+def _read_header(target: Path) -> dict[str, Any]:
+    library = _safetensors()
+    if not target.is_file():
+        raise _foreign(target, "it is a folder, whose name must not end in .safetensors")
+    with _damage(target, "its header cannot be read"), library.safe_open(target, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    if _MARK not in metadata:
+        raise _foreign(target, f"the header of the safetensors file has no entry {_MARK!r}")
+    return _unseal(metadata[_MARK], target)
+
+
+def _read_safetensors(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    content = _read_header(target)
+    with _damage(target, "its arrays cannot be read"):
+        # Its own numpy reader knows no bfloat16.
+        raw = dict(_safetensors().deserialize(target.read_bytes()))
+        _check_sums({name: _checksum(entry["data"]) for name, entry in raw.items()}, content)
+        return content, {
+            name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in raw.items()
+        }
+
+
+def _sync(entry: Path) -> None:
+    if entry.is_dir() and os.name != "posix":
+        return  # only there may a folder be opened, to make its entries durable
+    handle = os.open(entry, os.O_RDONLY if entry.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,161 @@
+"""How the factors of a new update are drawn."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.targets import Target
+from lora_jax.weight import sizes
+
+Factors = tuple[Any, Any, Any]
+Initializer = Callable[[jax.Array, Any, Target], Factors]
+
+
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """The key of one leaf, `fold_in(key, crc32(path))`: adding a target does not reseed another.
+
+    >>> key = jax.random.key(0)
+    >>> bool(jnp.all(leaf_key(key, "q/kernel") == jax.random.fold_in(key, zlib.crc32(b"q/kernel"))))
+    True
+    """
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+
+
+def shapes(w: Any, target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a and b: batch + in + (rank,) and batch + (rank,) + out.
+
+    >>> w = jax.ShapeDtypeStruct((6, 8, 4, 2), jnp.float32)
+    >>> shapes(w, Target("q/kernel", ("batch", "in", "out", "out"), rank=3, alpha=3.0))
+    ((6, 8, 3), (6, 3, 4, 2))
+    """
+    batch, inner, outer = sizes(tuple(w.shape), target.axes)
+    return (*batch, *inner, target.rank), (*batch, target.rank, *outer)
+
+
+def default(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32) -> Factors:
+    r"""`a` uniform within :math:`\pm 1/\sqrt{n}`, n the product of the in sizes, and `b` zero.
+
+    For a table read by row `a` is zero and `b` standard normal, since a row of `a` is looked up and
+    never contracted with an input. Both are the defaults of PEFT; loralib has the first too.
+
+    Args:
+        key: The leaf's key.
+        w: The base weight; it is returned as it is.
+        target: The axes and the rank.
+        dtype: The dtype of a and b.
+
+    Returns:
+        w, a of shape batch + in + (rank,), b of shape batch + (rank,) + out.
+
+    >>> target = Target("mlp/kernel", ("in", "out"), rank=2, alpha=2.0)
+    >>> _, a, b = default(jax.random.key(0), jnp.ones((100, 3)), target)
+    >>> bool(jnp.abs(a).max() <= 0.1), a.shape, b.tolist()
+    (True, (100, 2), [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    """
+    a_shape, b_shape = shapes(w, target)
+    if target.lookup:
+        return w, jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
+    fan_in = math.prod(sizes(tuple(w.shape), target.axes)[1])
+    bound = 1 / math.sqrt(max(fan_in, 1))
+    return w, jax.random.uniform(key, a_shape, dtype, -bound, bound), jnp.zeros(b_shape, dtype)
+
+
+def gaussian(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32) -> Factors:
+    """`a` normal with standard deviation 1 / rank, and `b` zero: PEFT's reading of the paper's rule.
+
+    Args:
+        key: The leaf's key.
+        w: The base weight; it is returned as it is.
+        target: The axes and the rank.
+        dtype: The dtype of a and b.
+
+    Returns:
+        w, a of shape batch + in + (rank,), b of shape batch + (rank,) + out. For a table read by row
+        a is zero and b normal, as by default.
+
+    >>> target = Target("mlp/kernel", ("in", "out"), rank=2, alpha=2.0)
+    >>> _, a, _ = gaussian(jax.random.key(0), jnp.ones((4000, 3)), target)
+    >>> bool(jnp.abs(a.std() - 0.5) < 0.02)
+    True
+    """
+    if target.lookup:
+        return default(key, w, target, dtype)
+    a_shape, b_shape = shapes(w, target)
+    a = jax.random.normal(key, a_shape, dtype) * jnp.asarray(1 / target.rank, dtype)
+    return w, a, jnp.zeros(b_shape, dtype)
+
+
+INITIALIZERS: dict[str, Callable[..., Factors]] = {"default": default, "gaussian": gaussian}
+
+
+def initialize(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32) -> Factors:
+    """The base weight and the factors of one target, by its `init`.
+
+    Args:
+        key: The key of the whole tree; `leaf_key` makes the leaf's of it.
+        w: The base weight.
+        target: The axes, the rank and the initializer: a name, or `(key, w, target) -> (w, a, b)`.
+        dtype: The dtype of a and b.
+
+    Returns:
+        w (of its shape and dtype, another one only if a custom initializer says so), a and b.
+
+    Raises:
+        ValueError: an unknown name, or a custom initializer that gave other shapes.
+
+    >>> target = Target("q/kernel", ("batch", "in", "out"), rank=2, alpha=2.0)
+    >>> _, a, b = initialize(jax.random.key(0), jnp.ones((6, 8, 4)), target)
+    >>> a.shape, b.shape
+    ((6, 8, 2), (6, 2, 4))
+    """
+    key = leaf_key(key, target.path)
+    if isinstance(target.init, str):
+        if target.init not in INITIALIZERS:
+            raise ValueError(
+                f"init of {target.path!r} is {target.init!r}; write one of {sorted(INITIALIZERS)}, or a "
+                "function (key, w, target) -> (w, a, b)."
+            )
+        w, a, b = INITIALIZERS[target.init](key, w, target, dtype)
+    else:
+        w, a, b = _custom(target.init, key, w, target, dtype)
+    return w, place(a, w), place(b, w)
+
+
+def _custom(init: Any, key: jax.Array, w: Any, target: Target, dtype: Any) -> Factors:
+    if not callable(init):
+        raise TypeError(
+            f"init of {target.path!r} is {init!r}; write a name or a function (key, w, target) -> (w, a, b)."
+        )
+    result = init(key, w, target)
+    if not isinstance(result, tuple) or len(result) != 3:
+        raise ValueError(f"init of {target.path!r} gave {type(result).__name__}; it must return (w, a, b).")
+    base, a, b = result
+    expected = (tuple(w.shape), *shapes(w, target))
+    given = tuple(tuple(jnp.shape(x)) for x in (base, a, b))
+    if given != expected or base.dtype != w.dtype:
+        raise ValueError(
+            f"init of {target.path!r} gave w, a, b of shapes {given} with w of dtype {base.dtype}; they must "
+            f"have shapes {expected} and w the dtype {w.dtype}."
+        )
+    return base, jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+
+
+def place(x: Any, like: Any) -> Any:
+    """An array on the devices of another: replicated over its mesh, or on its single device."""
+    if isinstance(x, Tracer) or isinstance(like, Tracer):
+        return x
+    if not isinstance(like, jax.Array) or not like.committed:
+        return x
+    sharding = like.sharding
+    if isinstance(sharding, NamedSharding):
+        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.device_put(x, sharding) if len(sharding.device_set) == 1 else x

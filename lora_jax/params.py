@@ -1,0 +1,934 @@
+"""Trees of parameters: wrapped, parted, merged, and the adapter taken out and put in."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from lora_jax import initializers
+from lora_jax import targets as targets_lib
+from lora_jax.tree import leaves_with_path, map_with_path, structure_difference
+from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, sizes
+
+Leaf = LoraWeight | FullWeight
+
+
+# --- Modules --------------------------------------------------------------------------------------
+
+
+def _is_module(tree: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(tree, nnx.Pytree)
+
+
+def _open(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree whose leaves are each there once, and the function that closes it again.
+
+    A bare tree map over an NNX module visits a shared Variable twice.
+    """
+    if _is_module(tree):
+        nnx = sys.modules["flax.nnx"]
+        graphdef, state = nnx.split(tree)
+        return state, lambda new: nnx.merge(graphdef, new)
+    if sys.modules.get("flax.nnx") is not None:
+        for path, node in leaves_with_path(tree, is_leaf=_is_module):
+            if _is_module(node):
+                raise TypeError(
+                    f"an nnx.{type(node).__name__} stands inside another container, at {path!r}. Give the "
+                    "module itself, or nnx.state(module): a tree map would untie its shared Variables."
+                )
+    return tree, lambda new: new
+
+
+def _is_hole(node: Any) -> bool:
+    return node is None or is_wrapped_leaf(node)
+
+
+def _items(tree: Any) -> list[tuple[str, Any]]:
+    return leaves_with_path(tree, is_wrapped_leaf)
+
+
+def _wrapped_items(tree: Any) -> dict[str, Leaf]:
+    return {path: leaf for path, leaf in _items(tree) if is_wrapped_leaf(leaf)}
+
+
+def _require_wrapped(tree: Any, name: str) -> None:
+    if not _wrapped_items(tree):
+        raise ValueError(
+            f"{name} was given a tree without any LoraWeight. Give what lora_jax.wrap(params, rank=...) "
+            "returned."
+        )
+
+
+# --- Wrap and merge -------------------------------------------------------------------------------
+
+
+def wrap(
+    params: Any,
+    rank: Any,
+    *,
+    alpha: Any = None,
+    targets: Any = None,
+    exclude: Any = None,
+    train: Any = None,
+    key: jax.Array | None = None,
+    init: Any = "default",
+    dropout: Any = 0.0,
+    dtype: Any = jnp.float32,
+    axes: Any = None,
+) -> Any:
+    r"""Put a `LoraWeight` in the place of every target leaf: :math:`W` becomes :math:`W + s\,A B`.
+
+    With s = alpha / rank, a uniform within one over the root of fan-in, and b zero, so that the
+    wrapped tree starts as the same function. No base weight is copied.
+
+    Patterns are regular expressions over whole path segments ("query" never matches
+    "query_norm"), or functions of path and leaf that return a bool, or lists of those. A pattern
+    that names a module takes the linear kernels under it.
+
+    Args:
+        params: The parameters: Flax Linen's, an `nnx.State`, an `nnx.Module`, an Equinox module,
+            Haiku's, or any pytree of arrays.
+        rank: The rank r: an integer, {pattern: integer} (the first match counts), or a function of
+            path and leaf.
+        alpha: The scale's numerator, in the same three forms; by default the rank, so s = 1.
+        targets: What to adapt. By default every linear kernel (attention, MLP, convolution), but no
+            embedding and no output head; "all" adds the head; else a pattern.
+        exclude: A pattern of what not to adapt.
+        train: A pattern of leaves to train in full, such as a new head: each becomes a `FullWeight`.
+        key: The random key; by default `jax.random.key(0)`.
+        init: "default", "gaussian", a function `(key, w, target) -> (w, a, b)`, or {pattern: ...}.
+        dropout: The rate on the branch's input, in the three forms of rank; it acts only under
+            `lora(fn, key=...)`.
+        dtype: The dtype of a and b.
+        axes: {pattern: kinds} for leaves whose axes names and siblings do not tell, with "batch",
+            "in", "out" or "unit" for each axis; or a function of path and leaf.
+
+    Returns:
+        A tree of the same structure, its targets wrapped. For an `nnx.Module`, a new module.
+
+    Raises:
+        ValueError: a pattern matches nothing; a rank below 1; a leaf that is no floating array is
+            named; the tree is wrapped already; a kernel's axes are ambiguous; no linear kernel is
+            recognised; a path is both adapted and trained in full; two leaves have one path.
+        TypeError: an argument of the wrong kind, or a module inside another container.
+
+    The definition is that of LoRA (arXiv:2106.09685), section 4.1.
+
+    >>> params = {"mlp": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    >>> wrapped = wrap(params, rank=2)
+    >>> wrapped["mlp"]["kernel"].a.shape, wrapped["mlp"]["kernel"].b.shape
+    ((8, 2), (2, 4))
+    >>> wrapped["mlp"]["kernel"].w is params["mlp"]["kernel"]
+    True
+    """
+    tree, close = _open(params)
+    found, full = targets_lib.resolve(
+        tree,
+        rank,
+        alpha=alpha,
+        targets=targets,
+        exclude=exclude,
+        train=train,
+        init=init,
+        dropout=dropout,
+        axes=axes,
+        layouts=targets_lib.known_layouts(params),
+    )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {dtype}; a and b need a floating dtype, such as jnp.float32.")
+    key = jax.random.key(0) if key is None else key
+    in_full = frozenset(full)
+
+    def leaf(path: str, value: Any) -> Any:
+        if path in in_full:
+            return _full(path, value)
+        target = found.get(path)
+        if target is None:
+            return value
+        _require_array(path, value)
+        w, a, b = initializers.initialize(key, value, target, dtype)
+        scale_dtype = jnp.promote_types(jnp.float32, dtype)
+        scale = initializers.place(jnp.asarray(target.scale, scale_dtype), w)
+        return LoraWeight(w, a, b, scale, target.axes, path, target.dropout)
+
+    return close(map_with_path(leaf, tree))
+
+
+def _require_array(path: str, value: Any) -> None:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{path!r} is a ShapeDtypeStruct. For an abstract tree write "
+            "jax.eval_shape(lambda p: lora_jax.wrap(p, rank=...), params)."
+        )
+
+
+def _full(path: str, value: Any) -> FullWeight:
+    _require_array(path, value)
+    # A copy even where the dtype stays: a train step donates it, and the base is the user's.
+    wide = jnp.promote_types(jnp.float32, value.dtype)
+    return FullWeight(jnp.array(value, dtype=wide, copy=True), value.dtype, path)
+
+
+@functools.partial(jax.jit, static_argnums=(1,))
+def _dense(leaf: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """A leaf's dense value, and whether it is finite wherever what it came from was."""
+    if isinstance(leaf, LoraWeight):
+        value, source = leaf.dense(dtype), leaf.w
+    elif isinstance(leaf, FullWeight):
+        value, source = leaf.dense(dtype), leaf.value
+    else:
+        value, source = lax.convert_element_type(leaf, dtype), leaf
+    return value, jnp.all(jnp.isfinite(value) | ~jnp.isfinite(source))
+
+
+def merge(wrapped: Any, dtype: Any = None) -> Any:
+    r"""The plain parameters: :math:`W + s\,A B` for every wrapped leaf.
+
+    The sum is made in float32 (or wider, if a factor or the base is) and rounded once. Where the
+    update is zero the base's entry is kept bit for bit, so `merge(wrap(params, ...))` equals params.
+
+    Args:
+        wrapped: A tree from `wrap`; or the same tree under a JAX transformation.
+        dtype: The dtype of every floating leaf of the result; by default the one it had.
+
+    Returns:
+        A tree of the structure, shapes and shardings that the parameters had. Leaves that were
+        neither adapted nor cast are the same objects.
+
+    Raises:
+        ValueError: no leaf is wrapped, or an entry overflows or is not a number where the base's
+            was finite (not checked under a transformation).
+
+    >>> W = jnp.array([[1., 2., 3.], [4., 5., 6.], [7., 8., 9.]])
+    >>> wrapped = wrap({"kernel": W}, rank=2)
+    >>> A = jnp.array([[1., 0.], [0., 1.], [1., 1.]])
+    >>> B = jnp.array([[1., 2., 3.], [4., 5., 6.]])
+    >>> wrapped["kernel"] = wrapped["kernel"].replace(a=A, b=B)
+    >>> merge(wrapped)["kernel"].tolist()
+    [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0], [12.0, 15.0, 18.0]]
+    """
+    tree, close = _open(wrapped)
+    _require_wrapped(tree, "merge")
+    checks: dict[str, Any] = {}
+
+    def leaf(path: str, node: Any) -> Any:
+        out = None if dtype is None else jnp.dtype(dtype)
+        if not is_wrapped_leaf(node):
+            if out is None or not targets_lib.is_floating(node) or node.dtype == out:
+                return node
+            source = node
+        else:
+            source = node.w if isinstance(node, LoraWeight) else node.value
+            # One compilation for all leaves of a shape: the path is static.
+            node = node.replace(path="")
+        value, finite = _dense(node, out)
+        checks[path] = finite
+        return _placed_as(value, source)
+
+    merged = map_with_path(leaf, tree, is_leaf=is_wrapped_leaf)
+    _raise_unfinite(checks)
+    return close(merged)
+
+
+def _raise_unfinite(checks: Mapping[str, Any]) -> None:
+    concrete = {path: x for path, x in checks.items() if not isinstance(x, Tracer)}
+    values = jax.device_get(list(concrete.values()))
+    bad = [path for path, fine in zip(concrete, values, strict=True) if not fine]
+    if bad:
+        raise ValueError(
+            f"merging gives infinite or undefined entries where the base is finite, at {_some(bad)}. Look "
+            "for a diverged run (NaN in a or b), or merge into a wider dtype: "
+            "merge(wrapped, dtype=jnp.float32)."
+        )
+
+
+def _some(paths: Sequence[str], count: int = 5) -> str:
+    shown = ", ".join(repr(path) for path in paths[:count])
+    return f"{shown} and {len(paths) - count} more" if len(paths) > count else shown
+
+
+def _placed_as(value: Any, source: Any) -> Any:
+    if isinstance(value, Tracer) or not isinstance(source, jax.Array):
+        return value
+    if isinstance(source, Tracer) or value.sharding == source.sharding:
+        return value
+    return jax.device_put(value, source.sharding) if source.committed else value
+
+
+# --- Partition and combine ------------------------------------------------------------------------
+
+
+def partition(wrapped: Any) -> tuple[Any, Any]:
+    """Part a wrapped tree into what is trained and what is frozen. Nothing is copied.
+
+    Args:
+        wrapped: A tree from `wrap`.
+
+    Returns:
+        trainable: The same structure with a and b of every `LoraWeight` and the value of every
+            `FullWeight`; None stands for all else, so an optimizer's state exists for these alone.
+        frozen: The same structure with w and scale, and every other leaf. For an `nnx.Module`
+            trainable is an `nnx.State` and frozen a pair of graphdef and state.
+
+    Raises:
+        ValueError: no leaf is wrapped.
+
+    >>> wrapped = wrap({"mlp": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}, rank=2)
+    >>> trainable, frozen = partition(wrapped)
+    >>> [x.shape for x in jax.tree.leaves(trainable)], [x.shape for x in jax.tree.leaves(frozen)]
+    ([(8, 2), (2, 4)], [(4,), (8, 4), ()])
+    """
+    if _is_module(wrapped):
+        graphdef, state = sys.modules["flax.nnx"].split(wrapped)
+        trainable, frozen = partition(state)
+        return trainable, (graphdef, frozen)
+    tree, _ = _open(wrapped)
+    _require_wrapped(tree, "partition")
+    trainable = jax.tree.map(_trainable_part, tree, is_leaf=is_wrapped_leaf)
+    frozen = jax.tree.map(_frozen_part, tree, is_leaf=is_wrapped_leaf)
+    return trainable, frozen
+
+
+def _trainable_part(leaf: Any) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return leaf.replace(w=None, scale=None)
+    return leaf if isinstance(leaf, FullWeight) else None
+
+
+def _frozen_part(leaf: Any) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return leaf.replace(a=None, b=None)
+    return leaf.replace(value=None) if isinstance(leaf, FullWeight) else leaf
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The wrapped tree again, from the two halves that `partition` gave. Nothing is copied.
+
+    Args:
+        trainable: The first half; its arrays may be new ones, or tracers.
+        frozen: The second half.
+
+    Returns:
+        The wrapped tree; for a module, a new module.
+
+    Raises:
+        ValueError: the two have different structures; the paths that differ are named.
+
+    >>> wrapped = wrap({"mlp": {"kernel": jnp.ones((8, 4))}}, rank=2)
+    >>> again = combine(*partition(wrapped))
+    >>> again["mlp"]["kernel"].w is wrapped["mlp"]["kernel"].w
+    True
+    """
+    if _is_split(frozen):
+        graphdef, state = frozen
+        return sys.modules["flax.nnx"].merge(graphdef, combine(trainable, state))
+    ours, structure = jax.tree.flatten(trainable, is_leaf=_is_hole)
+    theirs, other = jax.tree.flatten(frozen, is_leaf=_is_hole)
+    if structure != other:
+        difference = structure_difference(trainable, frozen, is_leaf=_is_hole)
+        raise ValueError(
+            "combine: the trainable and the frozen half have different structures. Give the two halves of "
+            f"one partition(wrapped), in this order.\n{difference or f'{structure}{chr(10)}{other}'}"
+        )
+    for path, a, b in zip(_hole_paths(frozen), ours, theirs, strict=True):
+        _check_halves(path, a, b)
+    return structure.unflatten([_joined(a, b) for a, b in zip(ours, theirs, strict=True)])
+
+
+def _is_split(frozen: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return (
+        nnx is not None
+        and isinstance(frozen, tuple)
+        and len(frozen) == 2
+        and isinstance(frozen[0], nnx.GraphDef)
+    )
+
+
+def _hole_paths(tree: Any) -> list[str]:
+    return [path for path, _ in leaves_with_path(tree, is_leaf=_is_hole)]
+
+
+def _check_halves(path: str, trainable: Any, frozen: Any) -> None:
+    match trainable, frozen:
+        case LoraWeight(), LoraWeight():
+            fits = trainable.axes == frozen.axes and frozen.w is not None and trainable.w is None
+        case FullWeight(), FullWeight():
+            fits = frozen.value is None
+        case None, _:
+            fits = not is_wrapped_leaf(frozen)
+        case _:
+            fits = False
+    if not fits:
+        raise ValueError(
+            f"combine: the halves do not fit at {path!r}: {_kind(trainable)} and {_kind(frozen)}. Give the "
+            "two halves of one partition(wrapped): combine(trainable, frozen)."
+        )
+
+
+def _kind(node: Any) -> str:
+    return "nothing" if node is None else f"a {type(node).__name__}"
+
+
+def _joined(trainable: Any, frozen: Any) -> Any:
+    if isinstance(trainable, LoraWeight):
+        return frozen.replace(a=trainable.a, b=trainable.b)
+    return frozen if trainable is None else trainable
+
+
+def labels(trainable: Any) -> Any:
+    """A label for every trained array, for `optax.partition`: "a", "b" or "full".
+
+    Args:
+        trainable: The first half of `partition`.
+
+    Returns:
+        The same structure with a string for every array.
+
+    Raises:
+        ValueError: no leaf is wrapped.
+
+    >>> wrapped = wrap({"mlp": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}, rank=2, train="bias")
+    >>> jax.tree.leaves(labels(partition(wrapped)[0]))
+    ['full', 'a', 'b']
+    """
+    _require_wrapped(trainable, "labels")
+
+    def leaf(node: Any) -> Any:
+        if isinstance(node, LoraWeight):
+            return node.replace(w=None, a="a", b="b", scale=None)
+        return node.replace(value="full") if isinstance(node, FullWeight) else None
+
+    return jax.tree.map(leaf, trainable, is_leaf=is_wrapped_leaf)
+
+
+def trainable_only(tx: Any) -> Any:
+    """An optax transformation for whole wrapped trees, which trains what `partition` would.
+
+    Optimizer state exists for the trainable part alone. The updates of frozen leaves are zeros of
+    the sign that leaves every bit of a float where it is (x + -0.0 is x, and 0.0 + -0.0 is 0.0), so
+    `optax.apply_updates` keeps them bit-identical, which `optax.masked` does not: it lets the raw
+    gradients of masked leaves through. For frozen leaves that are no numbers, such as a random key,
+    the update is None; use `partition` where a tree has them.
+
+    Args:
+        tx: An `optax.GradientTransformation`.
+
+    Returns:
+        A `GradientTransformationExtraArgs` over trees of a wrapped tree's structure.
+
+    Raises:
+        ValueError: the parameters are not given to `update`, or no leaf is wrapped.
+
+    >>> import optax
+    >>> params = wrap({"kernel": jnp.ones((8, 4))}, rank=2)
+    >>> tx = trainable_only(optax.adam(0.1))
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    >>> new = optax.apply_updates(params, updates)["kernel"]
+    >>> bool((new.w == 1).all()), bool((new.b == 0).any())
+    (True, False)
+    """
+    import optax
+
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> Any:
+        return inner.init(_whole(params)[0])
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("trainable_only needs the parameters: write tx.update(grads, state, params).")
+        trainable, frozen = _whole(params)
+        grads = jax.tree.map(_trainable_part, updates, is_leaf=is_wrapped_leaf)
+        new, state = inner.update(grads, state, trainable, **extra)
+        return combine(new, jax.tree.map(_no_update, frozen)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _whole(params: Any) -> tuple[Any, Any]:
+    if _is_module(params):
+        raise TypeError("trainable_only works on trees: give it nnx.state(module), or use partition(module).")
+    return partition(params)
+
+
+def _no_update(leaf: Any) -> Any:
+    if targets_lib.is_floating(leaf):
+        return jnp.full_like(leaf, -0.0)
+    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return jnp.zeros_like(leaf)
+    return None
+
+
+# --- The adapter ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What training changed, apart from the base: what is saved, loaded and swapped.
+
+    Attributes:
+        leaves: By path, each `LoraWeight` without its w, and each `FullWeight`.
+        shapes: By path, shape and dtype of the base's leaves that were adapted, trained in full, or
+            have a fingerprint.
+        fingerprint: By path, a number made of the bits of the base's weights; see `fingerprint`.
+
+    >>> made = adapter(wrap({"mlp": {"kernel": jnp.ones((8, 4))}}, rank=2))
+    >>> list(made.leaves), made.shapes
+    (['mlp/kernel'], {'mlp/kernel': ((8, 4), 'float32')})
+    """
+
+    leaves: dict[str, Leaf]
+    shapes: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    fingerprint: dict[str, int] = field(default_factory=dict)
+
+
+def adapter(wrapped: Any) -> Adapter:
+    """Take the adapter out of a wrapped tree: what was trained, and what identifies the base.
+
+    Args:
+        wrapped: A tree from `wrap`, of concrete arrays.
+
+    Returns:
+        The `Adapter`; its arrays are those of the tree.
+
+    Raises:
+        ValueError: no leaf is wrapped.
+
+    >>> made = adapter(wrap({"mlp": {"kernel": jnp.ones((8, 4))}}, rank=2))
+    >>> made.leaves["mlp/kernel"].w is None, made.leaves["mlp/kernel"].a.shape
+    (True, (8, 2))
+    """
+    return _taken(wrapped)
+
+
+def _taken(wrapped: Any) -> Adapter:
+    tree, _ = _open(wrapped)
+    leaves = _adapter_leaves(tree)
+    marks = fingerprint(tree)
+    base = {
+        path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
+        for path, leaf in _items(tree)
+        if path in leaves or path in marks
+    }
+    return Adapter(leaves, base, marks)
+
+
+def _adapter_leaves(given: Any) -> dict[str, Leaf]:
+    """The trained leaves of an `Adapter` or of a wrapped tree."""
+    if isinstance(given, Adapter):
+        return given.leaves
+    tree, _ = _open(given)
+    _require_wrapped(tree, "adapter")
+    found: dict[str, Leaf] = {}
+    for path, leaf in _wrapped_items(tree).items():
+        lora = isinstance(leaf, LoraWeight)
+        if (leaf.a is None or leaf.scale is None) if lora else leaf.value is None:
+            raise ValueError(
+                f"{path!r} is one half of a partition. Give the whole: combine(trainable, frozen)."
+            )
+        found[path] = leaf.replace(w=None) if lora else leaf
+    return found
+
+
+def attach(params: Any, adapter: Any, check: bool = True) -> Any:
+    """Put an adapter on a base: the wrapped tree that `adapter` was taken from, if the base is its own.
+
+    Args:
+        params: The base, a tree of any kind with the paths that the adapter names.
+        adapter: An `Adapter`, or a wrapped tree.
+        check: Whether the base must have the very values that the adapter was trained on.
+
+    Returns:
+        The wrapped tree; the base's arrays and the adapter's are the same objects.
+
+    Raises:
+        ValueError: paths, shapes or (with check) dtypes and fingerprints differ; all are listed.
+
+    >>> base = {"mlp": {"kernel": jnp.ones((8, 4))}}
+    >>> again = attach(base, adapter(wrap(base, rank=2)))
+    >>> again["mlp"]["kernel"].rank
+    2
+    """
+    tree, close = _open(params)
+    leaves = _adapter_leaves(adapter)
+    already = list(_wrapped_items(tree))
+    if already:
+        raise ValueError(
+            f"attach: the base is wrapped already, at {_some(already)}. Give the plain parameters, or write "
+            "swap(wrapped, adapter)."
+        )
+    if check and not isinstance(adapter, Adapter):
+        adapter = _taken(adapter)
+    differences = _differences(tree, leaves, adapter if check else None)
+    if differences:
+        raise ValueError(
+            f"the adapter does not belong to this base:\n{_lines(differences)}\n"
+            "Give the base it was trained on"
+            + ("; check=False skips the comparison of values." if check else ".")
+        )
+
+    def leaf(path: str, value: Any) -> Any:
+        new = leaves.get(path)
+        if isinstance(new, LoraWeight):
+            return _checked(path, new.replace(w=value, path=path))
+        return value if new is None else new.replace(path=path, dtype=jnp.dtype(value.dtype))
+
+    return close(map_with_path(leaf, tree))
+
+
+def _checked(path: str, leaf: LoraWeight) -> LoraWeight:
+    """The same leaf through the constructor, which compares the shapes."""
+    return LoraWeight(leaf.w, leaf.a, leaf.b, leaf.scale, leaf.axes, path, leaf.dropout)
+
+
+def _differences(tree: Any, leaves: Mapping[str, Leaf], known: Adapter | None) -> list[str]:
+    base = {
+        path: (tuple(getattr(leaf, "shape", ())), str(getattr(leaf, "dtype", type(leaf).__name__)))
+        for path, leaf in _items(tree)
+    }
+    expected = {path: (_base_shape(leaf), None) for path, leaf in leaves.items()}
+    found: dict[str, str] = {}
+    for path, (shape, dtype) in (expected | (known.shapes if known else {})).items():
+        if path not in base:
+            found[path] = "the base has no such leaf"
+        elif base[path][0] != shape:
+            found[path] = f"shape {base[path][0]}, the adapter was made for {shape}"
+        elif dtype not in (None, base[path][1]):
+            found[path] = f"dtype {base[path][1]}, the adapter was made for {dtype}"
+    marks = fingerprint(tree) if known is not None else {}
+    for path, mark in marks.items():
+        before = known.fingerprint.get(path) if known is not None else None
+        if path in found or path in leaves and before is None:
+            continue
+        if before is None:
+            found[path] = "the base the adapter was made for has no such leaf"
+        elif mark != before:
+            found[path] = f"other values (fingerprint {mark:08x}, the adapter was made for {before:08x})"
+    return [f"{path}: {text}" for path, text in found.items()]
+
+
+def _lines(differences: Sequence[str], count: int = 20) -> str:
+    more = [f"and {len(differences) - count} more"] if len(differences) > count else []
+    return "\n".join([*differences[:count], *more])
+
+
+def _base_shape(leaf: Leaf) -> tuple[int, ...]:
+    """The shape of the base's leaf, from the factors."""
+    if isinstance(leaf, FullWeight):
+        return tuple(leaf.value.shape)
+    batch = len(leaf.axes_of("batch"))
+    parts = {
+        "batch": iter(leaf.a.shape[:batch]),
+        "in": iter(leaf.a.shape[batch:-1]),
+        "out": iter(leaf.b.shape[batch + 1 :]),
+    }
+    return tuple(1 if kind == "unit" else next(parts[kind]) for kind in leaf.axes)
+
+
+def swap(wrapped: Any, adapter: Any) -> Any:
+    """Another adapter on the same base: new a, b and scale, and new values of leaves trained in full.
+
+    The base's arrays stay the same objects. With equal ranks every shape and the tree's structure
+    stay too, so a compiled function is not compiled again.
+
+    Args:
+        wrapped: A wrapped tree.
+        adapter: An `Adapter`, or another wrapped tree, with the same paths.
+
+    Returns:
+        The wrapped tree with the other adapter; dropout rates are those of `wrapped`.
+
+    Raises:
+        ValueError: the paths, the axes or the shapes differ.
+
+    >>> first = wrap({"kernel": jnp.ones((8, 4))}, rank=2)
+    >>> second = wrap({"kernel": jnp.ones((8, 4))}, rank=2, alpha=4, key=jax.random.key(1))
+    >>> both = swap(first, second)
+    >>> both["kernel"].w is first["kernel"].w, float(both["kernel"].scale)
+    (True, 2.0)
+    """
+    tree, close = _open(wrapped)
+    _require_wrapped(tree, "swap")
+    mine, theirs = _wrapped_items(tree), _adapter_leaves(adapter)
+    lines = [f"{path}: only in the wrapped tree" for path in mine if path not in theirs]
+    lines += [f"{path}: only in the adapter" for path in theirs if path not in mine]
+    for path in mine:
+        other = theirs.get(path)
+        if other is None:
+            continue
+        for what, here, there in (
+            ("a", type(mine[path]).__name__, type(other).__name__),
+            ("axes", getattr(mine[path], "axes", ()), getattr(other, "axes", ())),
+            ("shape", tuple(mine[path].shape), _base_shape(other)),
+        ):
+            if here != there:
+                lines.append(f"{path}: {what} {here} here, {what} {there} in the adapter")
+                break
+    if lines:
+        raise ValueError(
+            f"swap: the adapter does not fit the wrapped tree:\n{_lines(lines)}\nTo put it on the plain "
+            "parameters instead, write lora_jax.attach(params, adapter)."
+        )
+
+    def leaf(path: str, node: Any) -> Any:
+        new = theirs.get(path)
+        if isinstance(new, LoraWeight):
+            return _checked(path, node.replace(a=new.a, b=new.b, scale=new.scale))
+        return node if new is None else node.replace(value=new.value)
+
+    return close(map_with_path(leaf, tree, is_leaf=is_wrapped_leaf))
+
+
+def unmerge(params: Any, adapter: Any) -> Any:
+    r"""Take an adapter out of merged parameters: a wrapped tree whose base is :math:`W - s\,A B`.
+
+    The difference is made in float32 (or wider) and rounded once to the leaf's dtype, so the base
+    comes back up to rounding in float32 or wider, and not in bfloat16 or float16, where `merge`
+    has lost bits for good. Keep the base instead, wherever that is possible. A leaf that was
+    trained in full has no known base and stays as it is.
+
+    Args:
+        params: Merged parameters.
+        adapter: The `Adapter` that was merged, or the wrapped tree.
+
+    Returns:
+        A wrapped tree: `merge(unmerge(params, adapter))` is params, up to rounding.
+
+    Raises:
+        ValueError: the paths or shapes differ.
+
+    >>> wrapped = wrap({"kernel": jnp.ones((3, 2))}, rank=1)
+    >>> wrapped["kernel"] = wrapped["kernel"].replace(a=jnp.ones((3, 1)), b=jnp.ones((1, 2)))
+    >>> unmerge(merge(wrapped), wrapped)["kernel"].w.tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    tree, close = _open(attach(params, Adapter(_adapter_leaves(adapter)), check=False))
+
+    def leaf(node: Any) -> Any:
+        if not isinstance(node, LoraWeight):
+            return node
+        w = _placed_as(_without(node.replace(path="", dropout=0.0)), node.w)
+        return node.replace(w=w)
+
+    return close(jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf))
+
+
+@jax.jit
+def _without(leaf: LoraWeight) -> jax.Array:
+    return leaf.replace(scale=-leaf.scale).dense()
+
+
+# --- Fingerprint ----------------------------------------------------------------------------------
+
+
+def fingerprint(tree: Any) -> dict[str, int]:
+    r"""A number for every floating leaf of two or more dimensions: the same bits, the same number.
+
+    It is :math:`\sum_i h(\mathrm{bits}(w_i), i) \bmod 2^{32}`, where h mixes an entry's bits with its
+    position in row-major order. For one position h is a bijection, so a change of one bit is always
+    seen, -0.0 differs from 0.0, and two entries that change places are seen but for one case in
+    2^32. The sum does not depend on the order, and so not on the sharding. It is not cryptographic.
+
+    Args:
+        tree: Plain parameters or a wrapped tree, of concrete arrays. Of a `LoraWeight` its w counts;
+            a `FullWeight` has none.
+
+    Returns:
+        A number below 2^32 for every path.
+
+    >>> first, second = jnp.array([[0.0, 1.0]]), jnp.array([[-0.0, 1.0]])
+    >>> fingerprint({"w": first}) == fingerprint({"w": second})
+    False
+    """
+    tree, _ = _open(tree)
+    found: dict[str, Any] = {}
+    for path, leaf in _items(tree):
+        value = leaf.w if isinstance(leaf, LoraWeight) else leaf
+        if not isinstance(leaf, FullWeight) and targets_lib.is_floating(value) and len(value.shape) >= 2:
+            found[path] = _hash(value)
+    numbers = jax.device_get(list(found.values()))
+    return {path: int(number) for path, number in zip(found, numbers, strict=True)}
+
+
+@jax.jit
+def _hash(x: jax.Array) -> jax.Array:
+    width = x.dtype.itemsize * 8
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    mixed = jnp.zeros_like(bits, dtype=jnp.uint32)
+    stride = 1
+    for axis in reversed(range(x.ndim)):
+        mixed = mixed + lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    mixed = _mix(mixed)
+    for shift in range(0, width, 32):
+        part = bits >> np.array(shift, bits.dtype) if shift else bits
+        mixed = _mix(mixed + part.astype(jnp.uint32))
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit integers in which every bit of the input reaches every bit of the output."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
+
+
+# --- Summary --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a summary.
+
+    Attributes:
+        path: The leaf's path.
+        shape: Its shape.
+        axes: A kind for every axis, if it is adapted.
+        rank: The rank, or 0.
+        alpha: The scale times the rank, a number, or None if layers differ or it is not known.
+        trainable: How many numbers are trained in its place.
+        total: How many numbers the leaf has.
+        status: "adapted", "trained in full" or "skipped".
+        why: Why it is skipped.
+        wasteful: Whether the factors hold as many numbers as the leaf itself or more, r(m+n) >= mn.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    rank: int
+    alpha: float | None
+    trainable: int
+    total: int
+    status: str
+    why: str = ""
+    wasteful: bool = False
+
+    @property
+    def share(self) -> float:
+        """The trained numbers as a share of the leaf's own."""
+        return self.trainable / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` returns: rows as data, and a table as text.
+
+    Attributes:
+        rows: A row for every floating leaf of two or more dimensions, and for every leaf trained in
+            full, in tree order.
+        trainable: How many numbers are trained in all.
+        total: How many numbers the base has in its floating leaves.
+    """
+
+    rows: tuple[Row, ...]
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """The trained numbers as a share of the base's."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [("path", "shape", "axes", "rank", "trainable", "of", "share", "status")]
+        for row in self.rows:
+            status = row.status + (f": {row.why}" if row.why else "")
+            status += "  (!) r(m+n) >= mn" if row.wasteful else ""
+            lines.append(
+                (
+                    row.path,
+                    "x".join(map(str, row.shape)),
+                    " ".join(row.axes),
+                    str(row.rank or ""),
+                    f"{row.trainable:,}",
+                    f"{row.total:,}",
+                    f"{row.share:.2%}",
+                    status,
+                )
+            )
+        lines.append(("total", "", "", "", f"{self.trainable:,}", f"{self.total:,}", f"{self.share:.2%}", ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if 3 <= i <= 6 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def summary(wrapped: Any) -> Summary:
+    """What is adapted, trained in full and skipped, leaf by leaf.
+
+    Args:
+        wrapped: A tree from `wrap`, concrete or abstract.
+
+    Returns:
+        A `Summary`: `print` it for a table, or read its rows.
+
+    Raises:
+        ValueError: no leaf is wrapped.
+
+    A matrix of 1000 by 1000 has 1,000,000 numbers, its update of rank 5 has 10,000:
+
+    >>> print(summary(wrap({"mlp": {"kernel": jnp.ones((1000, 1000))}}, rank=5)))
+    path        shape      axes    rank  trainable         of  share  status
+    mlp/kernel  1000x1000  in out     5     10,000  1,000,000  1.00%  adapted
+    total                                   10,000  1,000,000  1.00%
+    """
+    tree, _ = _open(wrapped)
+    _require_wrapped(tree, "summary")
+    rows, total = [], 0
+    for path, leaf in _items(tree):
+        if not targets_lib.is_floating(leaf):
+            continue
+        size = math.prod(leaf.shape)
+        total += size
+        if isinstance(leaf, LoraWeight):
+            rows.append(_adapted_row(path, leaf, size))
+        elif isinstance(leaf, FullWeight):
+            rows.append(Row(path, tuple(leaf.shape), (), 0, None, size, size, "trained in full"))
+        elif len(leaf.shape) >= 2:
+            why = targets_lib.skipped_because(path, leaf)
+            rows.append(Row(path, tuple(leaf.shape), (), 0, None, 0, size, "skipped", why))
+    return Summary(tuple(rows), sum(row.trainable for row in rows), total)
+
+
+def _adapted_row(path: str, leaf: LoraWeight, size: int) -> Row:
+    _, inner, outer = sizes(tuple(leaf.w.shape), leaf.axes)
+    m, n = math.prod(inner), math.prod(outer)
+    trained = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+    return Row(
+        path,
+        tuple(leaf.shape),
+        leaf.axes,
+        leaf.rank,
+        _alpha(leaf),
+        trained,
+        size,
+        "adapted",
+        wasteful=leaf.rank * (m + n) >= m * n,
+    )
+
+
+def _alpha(leaf: LoraWeight) -> float | None:
+    scale = leaf.scale
+    if not isinstance(scale, jax.Array | np.ndarray) or isinstance(scale, Tracer):
+        return None
+    values = np.unique(np.asarray(jax.device_get(scale)))
+    return float(values[0]) * leaf.rank if values.size == 1 else None

@@ -1,0 +1,460 @@
+"""Training: a state, a step, and optax transformations that know the trainable part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax import nnx
+from lora_jax import params as params_lib
+from lora_jax.interpret import lora
+from lora_jax.tree import Pattern, leaves_with_path
+from lora_jax.weight import is_wrapped_leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a train step takes and gives: a pytree.
+
+    Args:
+        trainable: The trainable half of `partition`: the factors and the leaves trained in full.
+        frozen: The frozen half; for an `nnx.Module`, the pair of its graphdef and its state.
+        opt_state: The optimizer's state, for the trainable half alone.
+        step: How many steps were taken: int32, shape ().
+        key: The run's key, which no step changes: step t draws from `fold_in(key, t)`, so a run
+            that goes on from a saved state repeats one that was never stopped.
+    """
+
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    step: Any
+    key: Any
+
+    @classmethod
+    def create(cls, wrapped: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+        """The state before the first step.
+
+        What is trained is copied, since a step gives its memory to the next state: `wrapped` stays
+        good. The base's arrays are shared with `wrapped`, never copied.
+
+        Args:
+            wrapped: What `wrap` gave: a tree of any kind, or an `nnx.Module`.
+            tx: An optax transformation.
+            key: A key from `jax.random.key`, for dropout and for `loss_fn`.
+
+        Raises:
+            ValueError: `wrapped` has nothing to train: it does not come from `wrap`.
+            TypeError: `key` is not a PRNG key.
+
+        >>> import lora_jax
+        >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
+        >>> state = TrainState.create(wrapped, optax.adam(1e-3), jax.random.key(0))
+        >>> sorted({leaf.shape for leaf in jax.tree.leaves(state.opt_state)})
+        [(), (2, 4), (8, 2)]
+        """
+        if not isinstance(key, jax.Array) or not (
+            jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+        ):
+            raise TypeError(f"key is {_show(key)}; write a PRNG key, for instance jax.random.key(0).")
+        trainable, frozen = params_lib.partition(wrapped)
+        trainable = jax.tree.map(_own, trainable)
+        # A numpy array would travel to the device anew at every step.
+        frozen = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, frozen)
+        opt_state = jax.tree.map(_own, tx.init(trainable))
+        state = cls(trainable, frozen, opt_state, jnp.zeros((), jnp.int32), key)
+        return _placed_with(state, (trainable, frozen))
+
+    @property
+    def wrapped(self) -> Any:
+        """The wrapped tree, or module, with the values of this step.
+
+        Its trained arrays are those of the state, which the next step takes: merge, save or copy
+        them before.
+        """
+        return params_lib.combine(self.trainable, self.frozen)
+
+
+def _own(leaf: Any) -> jax.Array:
+    # A step donates these: none may be an array of the caller's, or occur twice (some optimizers
+    # keep the parameters themselves). The explicit dtype drops a weak type, which no step keeps.
+    return jnp.array(leaf, dtype=_dtype(leaf), copy=True)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+Metrics = dict[str, Any]
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    densify: Pattern | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    r"""A compiled train step: gradients, optimizer update and metrics of the trainable part.
+
+    With :math:`t` the trainable half and :math:`\ell` the loss, a step is
+
+    .. math:: g = \nabla_t\, \ell(W(t), \text{batch}, k), \qquad t \leftarrow t + u(g)
+
+    where :math:`W(t)` is the model with low-rank weights, run by `lora_jax.lora`, and :math:`u` is
+    `tx`. The step's keys come from `fold_in(fold_in(state.key, state.step), i)` for microbatch i (0
+    without accumulation), split in two: the first goes to `loss_fn`, the second to the dropout of
+    the low-rank branches.
+
+    The trainable half and the optimizer's state are donated: after `state, metrics = step(state,
+    batch)` the old state is spent. The frozen half is an argument of the compiled step; it is neither
+    donated nor copied, and the new state holds the very same arrays. Of an `nnx.Module` what
+    `loss_fn` mutates (statistics, counts) is carried into the new state, from microbatch to
+    microbatch; everything else stays.
+
+    Args:
+        loss_fn: `loss_fn(params, batch, key)`, plain code that knows nothing of LoRA and applies no
+            `lora`. It returns a scalar loss, or a loss and a dict of auxiliary arrays.
+        tx: An optax transformation. The loss reaches it as the extra argument `value`.
+        accumulate: Into how many microbatches the batch's leading axis is divided; microbatch i
+            holds the examples i, i + accumulate, and so on, which leaves a batch that is sharded over
+            devices where it is. The gradients' mean is that of the whole batch where the loss is a
+            mean over examples.
+        densify: As for `lora_jax.lora`.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`. The metrics are arrays on the device: `loss`,
+        `grad_norm` (the global 2-norm, before `tx`), `step` (the steps taken, this one included),
+        and the auxiliary values; the loss and the auxiliary values are means over the microbatches,
+        the latter as floats.
+
+    Raises:
+        ValueError: `accumulate` is below 1.
+        TypeError: when the step is called, `loss_fn` does not return a scalar float loss, alone or with
+            a dict.
+
+    >>> import lora_jax
+    >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
+    >>> def loss_fn(params, batch, key):
+    ...     return jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2)
+    >>> tx = optax.adam(1e-2)
+    >>> state = TrainState.create(wrapped, tx, jax.random.key(0))
+    >>> step = make_train_step(loss_fn, tx)
+    >>> batch = {"x": jnp.ones((16, 8)), "y": jnp.zeros((16, 4))}
+    >>> state, metrics = step(state, batch)
+    >>> float(metrics["loss"]), int(metrics["step"])
+    (64.0, 1)
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}; write the number of microbatches, 1 or more.")
+    optimizer = optax.with_extra_args_support(tx)
+
+    def objective(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        loss_key, branch_key = jax.random.split(key)
+        params = params_lib.combine(trainable, frozen)
+        out = lora(loss_fn, key=branch_key, densify=densify)(params, batch, loss_key)
+        loss, aux = _check_loss(out, loss_fn)
+        return loss, (aux, _mutated(params, frozen))
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
+    # The frozen half comes as its leaves: arrays, and apart from them what is no array (numbers and
+    # functions in an Equinox module), which must reach the model as it is.
+    @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1, 2))
+    def compiled(
+        rest: _Static, trainable: Any, opt_state: Any, arrays: Any, step: Any, key: Any, batch: Any
+    ) -> tuple[Any, ...]:
+        frozen = rest.join(arrays)
+        key = jax.random.fold_in(key, step)
+        if accumulate == 1:
+            first = jax.random.fold_in(key, 0)
+            (loss, (aux, mutated)), grads = differentiate(trainable, frozen, batch, first)
+        else:
+            loss, aux, mutated, grads = _accumulated(
+                differentiate, objective, accumulate, trainable, frozen, batch, key
+            )
+        updates, opt_state = optimizer.update(grads, opt_state, trainable, value=loss)
+        trainable = optax.apply_updates(trainable, updates)
+        # As strongly typed as the state that came in, or the second call would compile anew.
+        opt_state = jax.tree.map(lambda x: lax.convert_element_type(x, _dtype(x)), opt_state)
+        step = step + jnp.ones((), jnp.int32)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "step": step, **aux}
+        return trainable, opt_state, step, mutated, metrics
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        state = _placed_with(state, batch)
+        rest, arrays = _take_apart(state.frozen)
+        trainable, opt_state, step, mutated, metrics = compiled(
+            rest, state.trainable, state.opt_state, arrays, state.step, state.key, batch
+        )
+        frozen = _replaced(state.frozen, mutated) if mutated else state.frozen
+        return TrainState(trainable, frozen, opt_state, step, state.key), metrics
+
+    return train_step
+
+
+class _Static(NamedTuple):
+    """A tree without its arrays: hashable, so that jit knows it again."""
+
+    treedef: Any
+    kinds: tuple[Any, ...]  # 1 == 1.0 == True, and they are three different leaves
+    leaves: tuple[Any, ...]
+
+    def join(self, arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        return self.treedef.unflatten(
+            next(remaining) if kind is jax.Array else leaf
+            for kind, leaf in zip(self.kinds, self.leaves, strict=True)
+        )
+
+
+def _take_apart(tree: Any) -> tuple[_Static, list[Any]]:
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays, kinds = [], []
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+            arrays.append(leaf)
+            kinds.append(jax.Array)
+            leaves[i] = None
+        else:
+            kinds.append(type(leaf))
+    return _Static(treedef, tuple(kinds), tuple(leaves)), arrays
+
+
+def _mutated(params: Any, frozen: Any) -> dict[str, Any]:
+    """The frozen leaves of a module that a call replaced, by their number among `frozen`'s leaves."""
+    if not nnx.is_graph_node(params):
+        return {}
+    before = leaves_with_path(frozen[1])
+    after = jax.tree.leaves(params_lib.partition(params)[1][1])
+    changed = {}
+    offset = len(jax.tree.leaves(frozen)) - len(before)
+    for i, ((path, old), new) in enumerate(zip(before, after, strict=True)):
+        if new is old:
+            continue
+        if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(old):
+            raise TypeError(
+                f"loss_fn changes the module's {path!r} from {_show(old)} to {_show(new)}; what a train "
+                "step mutates must keep its shape and dtype. Cast it to those it had."
+            )
+        changed[str(offset + i)] = lax.convert_element_type(new, jnp.result_type(new))
+    return changed
+
+
+def _replaced(frozen: Any, mutated: dict[str, Any]) -> Any:
+    leaves, treedef = jax.tree.flatten(frozen)
+    for number, value in mutated.items():
+        leaves[int(number)] = value
+    return treedef.unflatten(leaves)
+
+
+def _accumulated(
+    differentiate: Any, objective: Any, count: int, trainable: Any, frozen: Any, batch: Any, key: jax.Array
+) -> tuple[Any, Any, Any, Any]:
+    size = _batch_size(batch, count)
+    # Splitting the axis with the microbatches innermost keeps each device's examples on it.
+    split = jax.tree.map(lambda x: jnp.reshape(x, (size // count, count, *x.shape[1:])), batch)
+
+    def microbatch(i: Any) -> Any:
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), split)
+
+    def body(carry: Any, i: Any) -> Any:
+        sums, mutated = carry
+        (loss, (aux, new)), grads = differentiate(
+            trainable, _replaced(frozen, mutated), microbatch(i), jax.random.fold_in(key, i)
+        )
+        return (jax.tree.map(jnp.add, sums, grads), new), (loss, aux)
+
+    mutated: dict[str, Any] = {}
+    if _is_split(frozen):
+        # Which leaves the carry holds is known only from a trace.
+        shapes = jax.eval_shape(lambda: objective(trainable, frozen, microbatch(0), key))
+        leaves = jax.tree.leaves(frozen)
+        mutated = {number: jnp.asarray(leaves[int(number)]) for number in shapes[1][1]}
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    indices = jnp.arange(count, dtype=jnp.int32)
+    (sums, mutated), (losses, aux) = lax.scan(body, (zeros, mutated), indices)
+    grads = jax.tree.map(lambda x: x / count, sums)
+    loss, aux = jax.tree.map(lambda x: jnp.mean(x, axis=0), (losses, aux))
+    return loss, aux, mutated, grads
+
+
+def _batch_size(batch: Any, count: int) -> int:
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(batch)}
+    listing = ", ".join(f"{path or 'batch'}: {shape}" for path, shape in shapes.items())
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"accumulate={count} divides the batch's leading axis, which every leaf must have in the same "
+            f"size; the shapes are {listing}. Give what is not by example to loss_fn in another way."
+        )
+    (size,) = sizes.pop()
+    if size % count or not size:
+        raise ValueError(
+            f"a batch of {size} examples does not divide into accumulate={count} microbatches ({listing}); "
+            "write a batch size that is a multiple of it."
+        )
+    return size
+
+
+def _check_loss(out: Any, loss_fn: Any) -> tuple[Any, dict[str, Any]]:
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    wanted = "return a scalar float loss, or (loss, dict of arrays)"
+    loss, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    if not isinstance(loss, (jax.Array, np.ndarray, np.generic, float)):
+        raise TypeError(f"{name} returned {_show(out)}; {wanted}.")
+    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(f"{name} returned a loss that is {_show(loss)}; {wanted}.")
+    if not isinstance(aux, dict):
+        raise TypeError(f"{name} returned a loss and {_show(aux)}; {wanted}.")
+    taken = sorted({"loss", "grad_norm", "step"} & set(aux))
+    if taken:
+        raise TypeError(f"{name} returned auxiliary values named {taken}, as metrics are; rename them.")
+    values = {}
+    for key, value in aux.items():
+        for path, leaf in leaves_with_path(value):
+            if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)) or not jnp.issubdtype(
+                jnp.result_type(leaf), jnp.number
+            ) | (jnp.result_type(leaf) == jnp.bool_):
+                where = f"{key}/{path}" if path else key
+                raise TypeError(f"{name} returned the auxiliary value {where!r}, {_show(leaf)}; {wanted}.")
+        values[key] = jax.tree.map(_as_float, value)
+    return jnp.asarray(loss), values
+
+
+def _as_float(value: Any) -> jax.Array:
+    dtype = jnp.result_type(value)
+    return jnp.asarray(value, dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32)
+
+
+def _show(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"{type(x).__name__} {str(x)[:60]}"
+
+
+def _placed_with(state: TrainState, others: Any) -> TrainState:
+    """A state put where other arrays were put, as the results of a step on both will be.
+
+    The first step would otherwise differ from the second, which would compile anew.
+    """
+    if not isinstance(state.step, jax.Array) or _is_placed(state.step) is not False:
+        return state
+    placed = [x.sharding for x in jax.tree.leaves(others) if _is_placed(x)]
+    if not placed:
+        return state
+    where = max(placed, key=lambda sharding: len(sharding.device_set))
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+
+    def place(x: Any) -> Any:
+        return jax.device_put(x, where) if _is_placed(x) is False else x
+
+    changing = (state.trainable, state.opt_state, state.step, state.key)
+    trainable, opt_state, step, key = jax.tree.map(place, changing)
+    frozen = state.frozen
+    if len(where.device_set) > 1 or _is_split(frozen):
+        # Else every step would send the base anew; and a module's statistics come back placed.
+        frozen = jax.tree.map(place, frozen)
+    return TrainState(trainable, frozen, opt_state, step, key)
+
+
+def _is_placed(x: Any) -> bool | None:
+    """Whether an array is bound to its devices; None for what is no concrete array."""
+    return x.committed if isinstance(x, jax.Array) and not isinstance(x, Tracer) else None
+
+
+def _is_split(frozen: Any) -> bool:
+    """Whether the frozen half is that of an nnx module: a graphdef and a state."""
+    flax_nnx = sys.modules.get("flax.nnx")
+    if flax_nnx is None or not isinstance(frozen, tuple) or len(frozen) != 2:
+        return False
+    return isinstance(frozen[0], flax_nnx.GraphDef)
+
+
+@jax.tree_util.register_static
+class _Keep:
+    """The update of a frozen leaf: whatever it is added to stays, bit for bit.
+
+    A zero would not do: -0.0 + 0.0 is 0.0, and subnormal numbers may be flushed in any sum. It is a
+    pytree without leaves, so nothing of the base's size is made and no transformation sees it.
+    """
+
+    __array_ufunc__ = None  # so that numpy arrays leave the sum to __radd__
+
+    def __radd__(self, leaf: Any) -> Any:
+        return leaf
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Keep)
+
+    def __hash__(self) -> int:
+        return hash(_Keep)
+
+    def __repr__(self) -> str:
+        return "keep"
+
+
+def only_trainable(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation for a whole wrapped tree, which touches its trainable part alone.
+
+    For training loops that keep one tree. `tx` sees the factors and the leaves trained in full, as
+    in `partition`'s first half, and its state exists for those only. For every other leaf the update
+    is a pytree without leaves that `optax.apply_updates` adds as nothing: the leaf stays bit for bit
+    what it was, be it -0.0, an integer or a boolean. (`optax.masked` would pass its raw gradient on.)
+    It belongs outermost: `only_trainable(optax.chain(...))`.
+
+    A loop over both halves, as `make_train_step` has, is cheaper: differentiating by the whole tree
+    also computes the base's gradients, unless the caller stops them.
+
+    Args:
+        tx: An optax transformation.
+
+    Raises:
+        ValueError: when it is used, on a tree that does not come from `wrap`.
+
+    >>> import lora_jax
+    >>> wrapped = lora_jax.wrap({"kernel": -jnp.zeros((8, 4))}, rank=2, targets="kernel")
+    >>> tx = only_trainable(optax.sgd(1.0))
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, wrapped), tx.init(wrapped), wrapped)
+    >>> new = optax.apply_updates(wrapped, updates)["kernel"]
+    >>> bool(jnp.all(jnp.signbit(new.w))), float(new.b[0, 0])
+    (True, -1.0)
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def trainable_part(tree: Any) -> Any:
+        return params_lib.partition(tree)[0]
+
+    def init(params: Any) -> Any:
+        return inner.init(trainable_part(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        part = None if params is None else trainable_part(params)
+        new, state = inner.update(trainable_part(updates), state, part, **extra)
+        return jax.tree.map(_kept, updates, new, is_leaf=_is_hole_or_wrapped), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_hole_or_wrapped(node: Any) -> bool:
+    return node is None or is_wrapped_leaf(node)
+
+
+def _kept(old: Any, new: Any) -> Any:
+    if not is_wrapped_leaf(old):
+        return _Keep()
+    # A wrapped leaf keeps its frozen fields beside the new values of the trained ones.
+    return jax.tree.map(
+        lambda _, value: _Keep() if value is None else value, old, new, is_leaf=lambda x: x is None
+    )

@@ -1,0 +1,698 @@
+"""The law's table: every way a model uses a weight, as a function of a tree and some inputs.
+
+A case is a row; the files that test a property cross all rows with it. To cover something new, add
+a row here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from lora_jax.weight import AxisKind, LoraWeight, is_wrapped_leaf, sizes
+
+import lora_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    fn: Callable[..., Any]
+    wrapped: Callable[[Any, bool], Any]  # dtype, whether b is zero
+    inputs: Callable[[Any], tuple[Any, ...]]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def key(name: str) -> jax.Array:
+    return jax.random.key(zlib.crc32(name.encode()))
+
+
+def normal(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key(name), shape, jnp.float64).astype(dtype)
+
+
+def weight(
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[AxisKind, ...],
+    dtype: Any,
+    zero: bool = False,
+    rank: int = 3,
+) -> LoraWeight:
+    batch, inner, outer = sizes(shape, axes)
+    factor = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+    b = normal(name + "b", (*batch, rank, *outer), factor)
+    return LoraWeight(
+        normal(name + "w", shape, dtype),
+        normal(name + "a", (*batch, *inner, rank), factor),
+        jnp.zeros_like(b) if zero else b,
+        1.0 + jnp.arange(sum(batch) or 1, dtype=jnp.float32)[: batch[0]] if len(batch) == 1 else 0.5,
+        axes,
+        name,
+    )
+
+
+CASES: list[Case] = []
+
+
+def case(
+    weights: dict[str, tuple[tuple[int, ...], tuple[AxisKind, ...]]], *inputs: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A case on a dict of weights by name; an input is the shape of a float array, or an int array."""
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        name = fn.__name__.strip("_")
+
+        def wrapped(dtype: Any, zero: bool) -> Any:
+            return {k: weight(k, shape, axes, dtype, zero) for k, (shape, axes) in weights.items()}
+
+        def make(dtype: Any) -> tuple[Any, ...]:
+            return tuple(
+                normal(f"{name}{i}", x, dtype) if isinstance(x, tuple) else jnp.asarray(x, jnp.int32)
+                for i, x in enumerate(inputs)
+            )
+
+        CASES.append(Case(name, fn, wrapped, make))
+        return fn
+
+    return decorate
+
+
+def randomised(tree: Any, dtype: Any, zero: bool) -> Any:
+    """A wrapped tree in a dtype, with b drawn at random unless it is to be zero."""
+
+    def leaf(node: Any) -> Any:
+        if not isinstance(node, LoraWeight):
+            return node.astype(dtype) if jnp.issubdtype(node.dtype, jnp.floating) else node
+        factor = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+        b = jnp.zeros(node.b.shape, factor) if zero else normal(node.path, node.b.shape, factor)
+        return node.replace(w=node.w.astype(dtype), a=node.a.astype(factor), b=b)
+
+    return jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf)
+
+
+def linen(name: str, model: nn.Module, *inputs: Any, **options: Any) -> None:
+    """A case on a Linen model, wrapped as a user would, with the options of wrap."""
+
+    def make(dtype: Any) -> tuple[Any, ...]:
+        return tuple(
+            normal(f"{name}{i}", x, dtype) if isinstance(x, tuple) else jnp.asarray(x, jnp.int32)
+            for i, x in enumerate(inputs)
+        )
+
+    def wrapped(dtype: Any, zero: bool) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            params = model.init(jax.random.key(0), *make(jnp.float32))["params"]
+        return randomised(lora_jax.wrap(params, rank=3, alpha=6.0, **options), dtype, zero)
+
+    def fn(params: Any, *xs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # flax's own layers mix dtypes
+            return model.apply({"params": params}, *xs)
+
+    CASES.append(Case(name, fn, wrapped, make))
+
+
+def nnx_case(name: str, make_model: Callable[[nnx.Rngs], Any], *inputs: Any, **options: Any) -> None:
+    """A case on an NNX model, as a function of its state."""
+
+    def make(dtype: Any) -> tuple[Any, ...]:
+        return tuple(
+            normal(f"{name}{i}", x, dtype) if isinstance(x, tuple) else jnp.asarray(x, jnp.int32)
+            for i, x in enumerate(inputs)
+        )
+
+    graphdef, _ = nnx.split(make_model(nnx.Rngs(0)))
+
+    def wrapped(dtype: Any, zero: bool) -> Any:
+        state = nnx.state(make_model(nnx.Rngs(0)))
+        return randomised(lora_jax.wrap(state, rank=3, alpha=6.0, **options), dtype, zero)
+
+    def fn(state: Any, *xs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return nnx.merge(graphdef, state)(*xs)
+
+    CASES.append(Case(name, fn, wrapped, make))
+
+
+MATRIX: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((4, 6), ("in", "out"))
+SQUARE: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((4, 4), ("in", "out"))
+STACK: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((3, 4, 4), ("batch", "in", "out"))
+TABLE: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((11, 4), ("in", "out"))
+KERNEL: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((3, 3, 4, 6), ("in", "in", "in", "out"))
+IDS = [[1, 2, 10], [3, 0, 3]]
+
+# dot_general
+
+
+@case({"w": MATRIX}, (2, 5, 4))
+def dense(p, x):
+    return x @ p["w"]
+
+
+@case({"w": MATRIX}, (4,))
+def vector(p, x):
+    return x @ p["w"]
+
+
+@case({"w": MATRIX}, (2, 5, 4))
+def weight_on_the_left(p, x):
+    return jnp.einsum("io,bsi->obs", p["w"], x)
+
+
+@case({"w": MATRIX}, (2, 5, 6))
+def transposed(p, x):
+    return x @ p["w"].T
+
+
+@case({"w": ((4, 3, 2), ("in", "out", "out"))}, (2, 5, 4))
+def heads_out(p, x):
+    return jnp.einsum("ihd,bsi->bshd", p["w"], x)
+
+
+@case({"w": ((3, 2, 7), ("in", "in", "out"))}, (2, 5, 3, 2))
+def heads_in(p, x):
+    return jnp.einsum("hdo,bshd->bso", p["w"], x)
+
+
+@case({"w": ((3, 2, 7), ("in", "in", "out"))}, (2, 3, 5, 2))
+def heads_in_mixed_order(p, x):
+    return jnp.einsum("hdo,bhsd->bso", p["w"], x)
+
+
+@case({"w": ((3, 2, 7), ("in", "in", "out"))}, (5, 3, 2))
+def partial_contraction(p, x):
+    return jnp.einsum("hdo,shd->hso", p["w"], x)
+
+
+@case({"w": ((3, 4, 6), ("batch", "in", "out"))}, (2, 3, 4))
+def experts(p, x):
+    return jnp.einsum("eio,bei->beo", p["w"], x)
+
+
+@case({"w": ((3, 4, 6), ("batch", "in", "out"))}, (2, 4))
+def every_expert(p, x):
+    return jnp.einsum("eio,bi->beo", p["w"], x)
+
+
+@case({"w": ((4, 3, 6), ("in", "batch", "out"))}, (2, 4), (2, 3))
+def mixture(p, x, gate):
+    return jnp.einsum("ieo,bi,be->bo", p["w"], x, gate)
+
+
+@case({"w": ((4, 2, 6), ("in", "batch", "out"))}, (2, 3, 4))
+def batch_axis_in_the_middle(p, x):
+    return jnp.einsum("ibo,bsi->bso", p["w"], x)
+
+
+@case({"w": MATRIX}, (5, 6, 4))
+def both_axes_contracted(p, x):
+    return jnp.einsum("io,soi->s", p["w"], x)
+
+
+@case({"w": MATRIX}, (6, 4, 3))
+def out_axis_as_batch(p, x):
+    return jnp.einsum("io,oim->om", p["w"], x)
+
+
+@case({"w": MATRIX}, (6, 4, 3))
+def in_axis_as_batch(p, x):
+    return jnp.einsum("io,oim->im", p["w"], x)
+
+
+@case({"w": ((1, 4, 6), ("unit", "in", "out"))}, (2, 5, 4))
+def unit_axis(p, x):
+    return jnp.einsum("uio,bsi->bsuo", p["w"], x)
+
+
+@case({"w": ((1, 4, 6), ("unit", "in", "out"))}, (1, 5, 4))
+def unit_axis_as_batch(p, x):
+    return lax.dot_general(x, p["w"], (((2,), (1,)), ((0,), (0,))))
+
+
+@case({"w": ((4, 1, 6), ("in", "unit", "out"))}, (5, 4, 1))
+def unit_axis_contracted(p, x):
+    return jnp.einsum("iuo,siu->so", p["w"], x)
+
+
+@case({"w": MATRIX}, (2, 5, 4))
+def precision_highest(p, x):
+    return jnp.matmul(x, p["w"], precision="highest")
+
+
+# Look-ups
+
+
+@case({"w": TABLE}, IDS)
+def embedding(p, ids):
+    return p["w"][ids]
+
+
+@case({"w": TABLE}, IDS)
+def embedding_take(p, ids):
+    return jnp.take(p["w"], ids, axis=0)
+
+
+@case({"w": TABLE}, [[1, 99, 3]])
+def embedding_out_of_bounds_filled(p, ids):
+    return jnp.take(p["w"], ids, axis=0, mode="fill", fill_value=2)
+
+
+@case({"w": TABLE}, [[1, 99, -3]])
+def embedding_out_of_bounds_clipped(p, ids):
+    return jnp.take(p["w"], ids, axis=0, mode="clip")
+
+
+@case({"w": TABLE}, IDS)
+def embedding_one_hot(p, ids):
+    return jax.nn.one_hot(ids, 11, dtype=p["w"].dtype) @ p["w"]
+
+
+@case({"w": TABLE}, IDS)
+def tied(p, ids):
+    return jnp.tanh(p["w"][ids]) @ p["w"].T
+
+
+@case({"w": ((4, 11), ("in", "out"))}, IDS)
+def embedding_by_column(p, ids):
+    return p["w"][:, ids]
+
+
+@case({"w": ((11, 2, 4), ("in", "out", "out"))}, IDS)
+def embedding_two_axes(p, ids):
+    return p["w"][ids]
+
+
+@case({"w": TABLE}, 3)
+def one_row(p, i):
+    return p["w"][i]
+
+
+@case({"w": STACK}, (2, 4))
+def layers_by_index(p, x):
+    for i in range(3):
+        x = jnp.tanh(x @ p["w"][i])
+    return x
+
+
+@case({"w": STACK}, (2, 4), 2)
+def layer_by_traced_index(p, x, i):
+    return x @ p["w"][i]
+
+
+@case({"w": ((3, 4, 5), ("batch", "in", "out"))}, (6, 4), [0, 1, 2, 2, 1, 0])
+def expert_per_token(p, x, ids):
+    return jnp.einsum("ti,tio->to", x, p["w"][ids])
+
+
+@case({"w": ((8, 2, 2), ("in", "out", "out"))}, (3, 8), [7, 6, 5, 4, 3, 2, 1, 0])
+def heads_by_index(p, x, ids):
+    return jnp.einsum("bi,iho->bho", x, p["w"][:, ids[:2] - 6])
+
+
+# Convolution
+
+
+def _conv(x, w, strides=(1, 1), padding: Any = "SAME", spec=("NHWC", "HWIO", "NHWC"), **kwargs):
+    return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=spec, **kwargs)
+
+
+@case({"w": KERNEL}, (2, 7, 8, 4))
+def conv(p, x):
+    return _conv(x, p["w"])
+
+
+@case({"w": KERNEL}, (2, 7, 8, 4))
+def conv_strides_and_dilations(p, x):
+    return _conv(x, p["w"], (1, 1), [(1, 2), (0, 1)], rhs_dilation=(1, 2), lhs_dilation=(2, 1))
+
+
+@case({"w": KERNEL}, (2, 7, 8, 4))
+def conv_explicit_padding(p, x):
+    return _conv(x, p["w"], (1, 2), [(0, 2), (3, 1)])
+
+
+@case({"w": ((3, 3, 2, 6), ("in", "in", "in", "out"))}, (2, 7, 8, 4))
+def conv_groups(p, x):
+    return _conv(x, p["w"], (2, 1), feature_group_count=2)
+
+
+@case({"w": ((3, 3, 1, 16), ("in", "in", "in", "out"))}, (2, 7, 8, 4))
+def conv_depthwise(p, x):
+    return _conv(x, p["w"], feature_group_count=4)
+
+
+@case({"w": ((6, 4, 3, 3), ("out", "in", "in", "in"))}, (2, 4, 7, 8))
+def conv_channels_first(p, x):
+    return _conv(x, p["w"], (2, 2), spec=("NCHW", "OIHW", "NCHW"))
+
+
+@case({"w": ((3, 3, 4, 6), ("in", "out", "in", "out"))}, (2, 7, 8, 4))
+def conv_separable(p, x):
+    return _conv(x, p["w"], (2, 1), rhs_dilation=(1, 2))
+
+
+@case({"w": ((3, 4, 6), ("in", "in", "out"))}, (2, 7, 4))
+def conv_one_axis(p, x):
+    return _conv(x, p["w"], (2,), spec=("NHC", "HIO", "NHC"))
+
+
+@case({"w": KERNEL}, (2, 4, 4, 4))
+def conv_transposed(p, x):
+    return lax.conv_transpose(x, p["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@case({"w": ((3, 3, 6, 4), ("in", "in", "in", "out"))}, (2, 4, 4, 4))
+def conv_transposed_kernel(p, x):
+    spec = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_transpose(x, p["w"], (2, 2), "SAME", dimension_numbers=spec, transpose_kernel=True)
+
+
+# Shapes
+
+
+@case({"w": ((4, 3, 2), ("in", "out", "out"))}, (2, 5, 4))
+def reshape_merges(p, x):
+    return x @ p["w"].reshape(4, 6)
+
+
+@case({"w": MATRIX}, (2, 2, 2))
+def reshape_splits(p, x):
+    return jnp.einsum("bij,ijo->bo", x, p["w"].reshape(2, 2, 6))
+
+
+@case({"w": ((3, 4, 2, 2), ("batch", "in", "out", "out"))}, (2, 4))
+def reshape_stacked(p, x):
+    return jnp.einsum("bi,eio->beo", x, p["w"].reshape(3, 4, 4))
+
+
+@case({"w": ((4, 9), ("in", "out"))}, (2, 4))
+def fused_sliced_before(p, x):
+    w = p["w"]
+    return jnp.tanh(x @ w[:, :3]) * (x @ w[:, 3:6]) + x @ w[:, 6:]
+
+
+@case({"w": ((4, 9), ("in", "out"))}, (2, 4))
+def fused_split_after(p, x):
+    q, k, v = jnp.split(x @ p["w"], 3, axis=-1)
+    return jnp.tanh(q) * k + v
+
+
+@case({"w": ((4, 9), ("in", "out"))}, (2, 4), 2)
+def dynamic_slice(p, x, i):
+    return x @ lax.dynamic_slice_in_dim(p["w"], i, 3, axis=1)
+
+
+@case({"w": MATRIX}, (2, 3))
+def strided_slice(p, x):
+    return x[:, :2] @ p["w"][::2, 1:5:2]
+
+
+@case({"w": MATRIX}, (2, 4))
+def reversed_axes(p, x):
+    return x @ p["w"][::-1, ::-1]
+
+
+@case({"w": MATRIX}, (2, 5, 4))
+def expand_and_squeeze(p, x):
+    return (x[:, :, None, :] @ p["w"][None])[:, :, 0] + x @ jnp.squeeze(p["w"][:, None, :], 1)
+
+
+@case({"w": MATRIX}, (3, 5, 4))
+def broadcast(p, x):
+    return jnp.einsum("bsi,bio->bso", x, jnp.broadcast_to(p["w"], (3, 4, 6)))
+
+
+@case({"w": MATRIX}, (2, 4))
+def cast(p, x):
+    return x.astype(jnp.float64) @ p["w"].astype(jnp.float64)
+
+
+@case({"w": MATRIX}, (2, 4))
+def scaled(p, x):
+    two = jnp.asarray(2, x.dtype)
+    return x @ (p["w"] * two / (two + two)) + x @ -p["w"]
+
+
+@case({"w": MATRIX}, (2, 4))
+def stopped_gradient(p, x):
+    return x @ lax.stop_gradient(p["w"])
+
+
+@case({"w": MATRIX}, (2, 4))
+def named(p, x):
+    return x @ checkpoint_name(p["w"], "kernel")
+
+
+# Control
+
+
+def _block(w, x):
+    return jnp.tanh(x @ w)
+
+
+@case({"w": SQUARE}, (2, 4))
+def jitted(p, x):
+    block = jax.jit(_block)
+    return block(p["w"], block(p["w"], x))
+
+
+@case({"w": SQUARE}, (2, 4))
+def jit_returns_a_weight(p, x):
+    return x @ jax.jit(lambda w: w.T[::-1])(p["w"])
+
+
+@case({"w": SQUARE}, (2, 4))
+def remat(p, x):
+    return jax.checkpoint(_block)(p["w"], x)
+
+
+@case({"w": SQUARE}, (2, 4))
+def remat_dots_saveable(p, x):
+    return jax.checkpoint(_block, policy=jax.checkpoint_policies.dots_saveable)(p["w"], x)
+
+
+@case({"w": STACK}, (2, 4))
+def scanned(p, x):
+    return lax.scan(lambda c, w: (_block(w, c), jnp.sum(c)), x, p["w"])
+
+
+@case({"w": STACK}, (2, 4))
+def scanned_reverse_unrolled(p, x):
+    return lax.scan(lambda c, w: (_block(w, c), None), x, p["w"], reverse=True, unroll=2)[0]
+
+
+@case({"w": ((4, 3, 4), ("in", "batch", "out"))}, (2, 4))
+def scanned_along_axis_1(p, x):
+    return lax.scan(lambda c, w: (_block(w, c), None), x, jnp.moveaxis(p["w"], 1, 0))[0]
+
+
+@case({"w": SQUARE}, (2, 4))
+def scan_constant(p, x):
+    return lax.scan(lambda c, _: (_block(p["w"], c), None), x, None, length=3)[0]
+
+
+@case({"w": SQUARE}, (2, 4))
+def scan_carry(p, x):
+    return lax.scan(lambda c, _: ((_block(c[1], c[0]), c[1]), None), (x, p["w"]), None, length=3)[0][0]
+
+
+@case({"w": STACK}, (2, 4))
+def scan_returns_weights(p, x):
+    _, ws = lax.scan(lambda c, w: (c, w.T), 0, p["w"])
+    return jnp.einsum("bi,eio->beo", x, ws)
+
+
+@case({"w": ((2, 3, 4, 4), ("batch", "batch", "in", "out"))}, (2, 4))
+def scan_in_scan(p, x):
+    def outer(c, ws):
+        return lax.scan(jax.checkpoint(lambda c, w: (_block(w, c), None)), c, ws)
+
+    return lax.scan(outer, x, p["w"])[0]
+
+
+@case({"w": SQUARE}, (2, 4), 3)
+def fori(p, x, n):
+    return lax.stop_gradient(lax.fori_loop(0, n, lambda i, c: _block(p["w"], c), x))
+
+
+@case({"v": SQUARE, "w": SQUARE}, (2, 4), 1)
+def switch(p, x, i):
+    return lax.switch(i, [lambda x: x @ p["v"], lambda x: _block(p["w"], x), lambda x: x], x)
+
+
+@case({"w": SQUARE}, (2, 4))
+def cond(p, x):
+    return lax.cond(jnp.sum(x) > 0, lambda x: x @ p["w"], lambda x: 2 * x, x)
+
+
+@case({"w": MATRIX}, (5, 4))
+def vmapped_over_data(p, x):
+    return jax.vmap(lambda x: x @ p["w"])(x)
+
+
+@case({"w": ((5, 4, 6), ("batch", "in", "out"))}, (5, 4))
+def vmapped_over_weights(p, x):
+    return jax.vmap(lambda w, x: x @ w)(p["w"], x)
+
+
+@case({"v": SQUARE, "w": MATRIX}, (5, 4))
+def custom_derivatives_without_weights(p, x):
+    return jax.nn.relu(_custom_vjp(x @ p["v"])) @ p["w"]
+
+
+@jax.custom_vjp
+def _custom_vjp(x):
+    return jnp.sin(x)
+
+
+_custom_vjp.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (3 * g * jnp.cos(x),))
+
+
+@case({"w": SQUARE}, (2, 4))
+def gradient_inside(p, x):
+    return jax.grad(lambda x: jnp.sum(_block(p["w"], x)))(x)
+
+
+# Models
+
+
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.gelu(nn.Dense(8)(x)))
+
+
+class Attention(nn.Module):
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, use_bias=self.bias)(nn.LayerNorm()(x))
+        return x + nn.Dense(4)(nn.silu(nn.Dense(8)(nn.RMSNorm()(x))))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return Attention()(x), None
+
+
+class Stacked(nn.Module):
+    axis: int = 0
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layer: Any = nn.remat(Layer) if self.remat else Layer
+        scanned = nn.scan(layer, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
+        return scanned()(x, None)[0]
+
+
+class Text(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 4)
+        # XLA fuses a bare look-up into the norm's sums, and contracts them to other fused multiply-adds
+        # than those of a look-up with a branch: kept apart, both give the same bits.
+        return embed.attend(Attention()(lax.optimization_barrier(embed(ids))))
+
+
+class Convolutions(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), strides=2)(x))
+        x = nn.Conv(8, (3, 3), feature_group_count=2, padding="CIRCULAR")(x)
+        return nn.ConvTranspose(4, (3, 3), strides=(2, 2))(x)
+
+
+linen("linen_dense", nn.Dense(5), (2, 3, 4))
+GENERAL = {"kernel": ("in", "in", "out", "out")}
+linen("linen_dense_general", nn.DenseGeneral((3, 2), axis=(-2, -1)), (2, 3, 4), axes=GENERAL)
+linen("linen_mlp", Mlp(), (2, 4))
+linen("linen_attention", Attention(), (2, 3, 4))
+linen("linen_attention_without_bias", Attention(bias=False), (2, 3, 4))
+linen("linen_scanned", Stacked(), (2, 3, 4))
+linen("linen_scanned_axis_1", Stacked(axis=1), (2, 3, 4))
+linen("linen_scanned_remat", Stacked(remat=True), (2, 3, 4))
+linen("linen_tied_embedding", Text(), IDS, targets=".*(kernel|embedding)")
+linen("linen_convolutions", Convolutions(), (2, 8, 8, 4))
+HEADS = {"kernel": ("in", "out", "out")}
+linen("linen_einsum", nn.Einsum((4, 2, 3), "...d,dhk->...hk"), (2, 5, 4), axes=HEADS)
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.up = nnx.Linear(4, 8, rngs=rngs)
+        self.down = nnx.LinearGeneral((8,), (4,), rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class NnxText(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(11, 4, rngs=rngs)
+        self.block = NnxBlock(rngs)
+
+    def __call__(self, ids):
+        return self.embed.attend(self.block(self.embed(ids)))
+
+
+class NnxStacked(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(rngs):
+            return NnxBlock(rngs)
+
+        self.layers = make(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(x, layer):
+            return layer(x)
+
+        return run(x, self.layers)
+
+
+class NnxConvolutions(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Conv(4, 6, (3, 3), rngs=rngs)
+        self.second = nnx.ConvTranspose(6, 4, (3, 3), strides=(2, 2), rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.first(x)))
+
+
+nnx_case("nnx_linear", lambda rngs: nnx.Linear(4, 5, rngs=rngs), (2, 3, 4))
+
+
+def linear_general(rngs: nnx.Rngs) -> nnx.Module:
+    return nnx.LinearGeneral((3, 4), (2, 5), axis=(-2, -1), rngs=rngs)
+
+
+nnx_case("nnx_linear_general", linear_general, (2, 3, 4), axes=GENERAL)
+nnx_case("nnx_block", NnxBlock, (2, 3, 4))
+nnx_case("nnx_stacked", NnxStacked, (2, 3, 4))
+nnx_case("nnx_tied_embedding", NnxText, IDS, targets=".*(kernel|embedding)")
+nnx_case("nnx_convolutions", NnxConvolutions, (2, 6, 6, 4))
+
+
+def dense_tree(wrapped: Any) -> Any:
+    """The tree with every weight formed, in the adapters' precision: what the law compares with."""
+    return jax.tree.map(
+        lambda x: x.dense() if isinstance(x, LoraWeight) else x, wrapped, is_leaf=is_wrapped_leaf
+    )

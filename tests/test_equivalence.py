@@ -1,0 +1,54 @@
+"""Law 1: lora(f)(w, x) == f(merge(w), x), in float64 to 1e-12, with transformations on either side."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, dense_tree
+from jax import lax
+
+import lora_jax
+
+
+def scaled_inputs(xs, s):
+    return [x * s.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in xs]
+
+
+def vmap(f):
+    steps = jnp.array([1.0, 2.0])
+    return lambda p, *xs: jax.vmap(lambda s: f(p, *scaled_inputs(xs, s)))(steps)
+
+
+def scan(f):
+    steps = jnp.array([1.0, 2.0])
+    return lambda p, *xs: lax.scan(lambda c, s: (c, f(p, *scaled_inputs(xs, s))), 0, steps)[1]
+
+
+TRANSFORMS = {
+    "eager": lambda f: f,
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "vmap": vmap,
+    "scan of remat": lambda f: scan(jax.checkpoint(f)),
+}
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert jax.typeof(ours) == jax.typeof(theirs)
+        size = 1 + np.max(np.abs(theirs), initial=0, where=np.isfinite(theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_equals_the_merged_function(case, transform):
+    wrapped, inputs = case.wrapped(jnp.float64, False), case.inputs(jnp.float64)
+    change = TRANSFORMS[transform]
+    expected = change(case.fn)(dense_tree(wrapped), *inputs)
+    untouched = case.fn(jax.tree.map(jnp.zeros_like, dense_tree(wrapped)), *inputs)
+    assert jax.tree.leaves(untouched)
+    assert_same(change(lora_jax.lora(case.fn))(wrapped, *inputs), expected)
+    if transform != "eager":
+        assert_same(lora_jax.lora(change(case.fn))(wrapped, *inputs), expected)

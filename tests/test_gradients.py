@@ -1,0 +1,83 @@
+"""Law 1 for derivatives: those of lora(f) with respect to every a, b and input equal those of f(merge)."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CASES, dense_tree
+from jax import lax
+from lora_jax.weight import LoraWeight, is_wrapped_leaf
+from test_equivalence import assert_same
+
+import lora_jax
+
+
+def scalar(out):
+    total = jnp.zeros((), jnp.float64)
+    for y in jax.tree.leaves(out):
+        if jnp.issubdtype(y.dtype, jnp.floating):
+            weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float64)).reshape(y.shape)
+            total += jnp.sum(jnp.where(jnp.isnan(y), 0, y.astype(jnp.float64)) * weights)
+    return total
+
+
+def split(wrapped, inputs):
+    """The differentiable leaves (factors and float inputs), and how to put everything back."""
+    nodes, treedef = jax.tree.flatten(wrapped, is_leaf=is_wrapped_leaf)
+    factors = [(n.a, n.b) if isinstance(n, LoraWeight) else None for n in nodes]
+    floats = [x if jnp.issubdtype(x.dtype, jnp.floating) else None for x in inputs]
+
+    def rebuild(factors, floats):
+        new = [
+            n.replace(a=f[0], b=f[1]) if isinstance(n, LoraWeight) else n
+            for n, f in zip(nodes, factors, strict=True)
+        ]
+        xs = [x if f is None else f for x, f in zip(inputs, floats, strict=True)]
+        return treedef.unflatten(new), xs
+
+    return (factors, floats), rebuild
+
+
+def losses(case):
+    wrapped, inputs = case.wrapped(jnp.float64, False), case.inputs(jnp.float64)
+    point, rebuild = split(wrapped, inputs)
+
+    def merged(factors, floats):
+        tree, xs = rebuild(factors, floats)
+        return scalar(case.fn(dense_tree(tree), *xs))
+
+    def ours(factors, floats):
+        tree, xs = rebuild(factors, floats)
+        return scalar(lora_jax.lora(case.fn)(tree, *xs))
+
+    return ours, merged, point
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_reverse_mode(case):
+    ours, merged, point = losses(case)
+    expected = jax.jit(jax.grad(merged, (0, 1)))(*point)
+    assert_same(jax.jit(jax.grad(ours, (0, 1)))(*point), expected)
+    in_a_scan = lax.scan(lambda c, _: (c, jax.grad(ours, (0, 1))(*point)), 0, None, length=1)[1]
+    assert_same(jax.tree.map(lambda g: g[0], in_a_scan), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_forward_mode(case):
+    ours, merged, point = losses(case)
+    tangent = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), point)
+    assert_same(
+        jax.jit(lambda: jax.jvp(ours, point, tangent))(), jax.jit(lambda: jax.jvp(merged, point, tangent))()
+    )
+
+
+def test_second_derivatives():
+    for case in [
+        case for case in CASES if case.name in ("dense", "tied", "scanned", "conv", "linen_attention")
+    ]:
+        ours, merged, point = losses(case)
+        tangent = jax.tree.map(jnp.ones_like, point)
+
+        def hvp(f, point=point, tangent=tangent):
+            return jax.jvp(jax.grad(f, (0, 1)), point, tangent)
+
+        assert_same(jax.jit(lambda: hvp(ours))(), jax.jit(lambda: hvp(merged))())

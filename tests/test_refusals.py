@@ -1,0 +1,128 @@
+"""What has no low-rank form is refused with its path, its primitive, its line and the ways on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import weight
+from jax import lax
+
+import lora_jax
+
+X = jnp.ones((2, 4), jnp.float32)
+
+
+@jax.custom_jvp
+def _own_jvp(w, x):
+    return x @ w
+
+
+_own_jvp.defjvp(lambda primals, tangents: (_own_jvp(*primals), primals[1] @ tangents[0]))
+
+
+@jax.custom_vjp
+def _own_vjp(w, x):
+    return x @ w
+
+
+_own_vjp.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
+
+REFUSED = {
+    "sin": lambda w, x: x @ jnp.sin(w),
+    "sort": lambda w, x: x @ jnp.sort(w),
+    "mul": lambda w, x: x @ (w * jnp.ones_like(w)),
+    "integer_pow": lambda w, x: x @ w / jnp.sum(w**2),
+    "gt": lambda w, x: jnp.sum(w > 0).astype(x.dtype) + x @ w,
+    "outer product": lambda w, x: jnp.einsum("io,s->sio", w, x[:, 0]),
+    "merges": lambda w, x: w.reshape(-1)[:4] + x,
+    "product of two weights": lambda w, x: x @ (w @ w),
+    "is an 'in' axis": lambda w, x: lax.scan(lambda c, row: (c, row @ x.T), 0, w)[1],
+    "returns the weight itself": lambda w, x: w,
+    "a branch returns": lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: jnp.zeros_like(w)),
+    "carry": lambda w, x: lax.scan(lambda c, _: (w, None), x[:, :4].T @ x, None, length=2)[0],
+    "custom_jvp_call": lambda w, x: _own_jvp(w, x),
+    "custom_vjp_call": lambda w, x: _own_vjp(w, x),
+    "int32": lambda w, x: x @ w.astype(jnp.int32).astype(x.dtype),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["plain", "inside jit"])
+@pytest.mark.parametrize("named", REFUSED)
+def test_refused_by_name(named, jitted):
+    fn = jax.jit(REFUSED[named]) if jitted else REFUSED[named]
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    with pytest.raises(lora_jax.RefusedError) as error:
+        lora_jax.lora(fn)(w, X)
+    message = str(error.value)
+    assert named in message
+    assert "'layer/kernel'" in message and "#" not in message
+    assert "lora_jax.register" in message and "densify='layer/kernel'" in message
+    assert error.value.paths == ("layer/kernel",)
+
+
+@pytest.mark.parametrize("named", [name for name in REFUSED if "jvp" not in name and "vjp" not in name])
+@pytest.mark.parametrize("jitted", [False, True], ids=["plain", "inside jit"])
+def test_densify_permits_it(named, jitted):
+    fn = jax.jit(REFUSED[named]) if jitted else REFUSED[named]
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float64)
+    x = X.astype(jnp.float64)
+    expected = fn(w.dense(), x)
+    np.testing.assert_allclose(lora_jax.lora(fn, densify="layer")(w, x), expected, rtol=0, atol=1e-12)
+
+
+def test_the_line_is_the_models_own():
+    w = weight("w", (4, 4), ("in", "out"), jnp.float32)
+    with pytest.raises(lora_jax.RefusedError, match=r"test_refusals\.py:\d+"):
+        lora_jax.lora(REFUSED["sin"])(w, X)
+
+
+def test_densify_that_matches_nothing_names_the_nearest():
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    with pytest.raises(ValueError, match="layer/kernel"):
+        lora_jax.lora(REFUSED["sin"], densify="kernal")(w, X)
+
+
+def test_densify_of_another_path_permits_nothing():
+    ws = {name: weight(name, (4, 4), ("in", "out"), jnp.float32) for name in ("v", "w")}
+    with pytest.raises(lora_jax.RefusedError):
+        lora_jax.lora(lambda p, x: x @ jnp.sin(p["w"]) + x @ p["v"], densify="v")(ws, X)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: X @ w,
+        lambda w: w + 1,
+        lambda w: jnp.dot(X, w),
+        lambda w: jnp.einsum("si,io->so", X, w),
+        lambda w: lax.dot_general(X, w, (((1,), (0,)), ((), ()))),
+        lambda w: w.T,
+        lambda w: w.astype(jnp.bfloat16),
+        lambda w: jnp.sum(w),
+        lambda w: np.asarray(w),
+        lambda w: w[0],
+        lambda w: jax.jit(lambda w: X @ w)(w),
+        lambda w: lora_jax.lora(lambda x: x @ w)(X),
+    ],
+)
+def test_outside_lora_the_error_says_to_wrap_the_call(use):
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    with pytest.raises(TypeError) as error:
+        use(w)
+    # lax functions put an error of jax's own before ours, which stays its cause.
+    message = f"{error.value} {error.value.__cause__}"
+    assert "layer/kernel" in message and "lora_jax.lora(fn)" in message
+
+
+def test_a_second_rule_is_an_error():
+    from jax.extend.core import primitives
+
+    with pytest.raises(ValueError, match="transpose has a rule already"):
+        lora_jax.register(primitives.transpose_p)(lambda *args, **params: None)
+
+
+def test_half_of_a_partition_is_an_error():
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    for half in lora_jax.partition({"w": w}):
+        with pytest.raises(ValueError, match="combine"):
+            lora_jax.lora(lambda p, x: x @ p["w"])(half, X)

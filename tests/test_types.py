@@ -1,0 +1,55 @@
+"""Laws 2 and 4: outputs have the types of the bare function, and its values while b is zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, dense_tree
+
+import lora_jax
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+ROWS = [case for case in CASES if case.name != "cast"]  # which computes in float64 by its own doing
+
+
+@pytest.mark.parametrize("case", ROWS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_types_are_those_of_the_bare_function(case, dtype):
+    wrapped, inputs = case.wrapped(dtype, False), case.inputs(dtype)
+    expected = jax.eval_shape(case.fn, dense_tree(wrapped), *inputs)
+    actual = jax.eval_shape(lora_jax.lora(case.fn), wrapped, *inputs)
+    assert jax.tree.map(lambda y: (y.shape, y.dtype, y.weak_type), actual) == jax.tree.map(
+        lambda y: (y.shape, y.dtype, y.weak_type), expected
+    )
+
+
+@pytest.mark.parametrize("case", ROWS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
+    wrapped, inputs = case.wrapped(dtype, True), case.inputs(dtype)
+    base = dense_tree(wrapped)
+    for run in (lambda f: f, jax.jit):
+        expected = run(case.fn)(base, *inputs)
+        actual = run(lora_jax.lora(case.fn))(wrapped, *inputs)
+        for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=repr)
+def test_bfloat16_is_as_close_to_the_truth_as_merging(case):
+    """The branch is kept in float32, so the error is that of the base's own rounding."""
+    wrapped, inputs = case.wrapped(jnp.bfloat16, False), case.inputs(jnp.bfloat16)
+
+    def wide(tree):
+        return jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+
+    truth = case.fn(dense_tree(wide(wrapped)), *wide(inputs))
+    ours = lora_jax.lora(case.fn)(wrapped, *inputs)
+    merged = case.fn(dense_tree(wrapped), *inputs)
+    for t, o, m in zip(*(jax.tree.leaves(x) for x in (truth, ours, merged)), strict=True):
+        t, o, m = (np.asarray(x, np.float64) for x in (t, o, m))
+        size = np.sqrt(np.nanmean(t**2)) + 1e-30
+        error, theirs = (np.sqrt(np.nanmean((x - t) ** 2)) / size for x in (o, m))
+        assert error <= 2 * theirs + 2**-8, (error, theirs)
