@@ -91,9 +91,9 @@ def check_merge(fn: Callable[..., Any], wrapped: Any, *args: Any, **kwargs: Any)
     1.0
     """
     merged = merge(wrapped)
-    nodes = leaves_with_path(partition_free(wrapped), is_wrapped_leaf)
-    new = dict(leaves_with_path(partition_free(merged)))
-    leaves = tuple(_leaf(path, node, new[path]) for path, node in nodes if isinstance(node, LoraWeight))
+    new = dict(leaves_with_path(merged))
+    nodes = dict(leaves_with_path(wrapped, is_wrapped_leaf)).values()
+    leaves = tuple(_leaf(node, new[node.path]) for node in nodes if isinstance(node, LoraWeight))
     if not leaves:
         raise ValueError("check_merge was given a tree without a LoraWeight; there is nothing to compare.")
     unmerged_out = lora(fn)(combine(*partition(wrapped)), *args, **kwargs)
@@ -112,4 +112,24 @@ def check_merge(fn: Callable[..., Any], wrapped: Any, *args: Any, **kwargs: Any)
         difference=max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs),
         scale=max(float(jnp.max(jnp.abs(x))) for x, _ in pairs),
         agreement=None if same is None else float(jnp.mean(same)),
+    )
+
+
+def _leaf(weight: LoraWeight, merged: jax.Array) -> MergedLeaf:
+    wide = wide_dtype(weight.w.dtype, weight.a.dtype, weight.b.dtype)
+    delta, old = weight.delta(wide), weight.w.astype(wide)
+    moved = merged.astype(wide) - old
+    updated = delta != 0
+
+    def ratio(x: jax.Array, y: jax.Array) -> float:
+        below = float(jnp.linalg.norm(y))
+        return float(jnp.linalg.norm(x)) / below if below else 0.0
+
+    still = jnp.sum(updated & (moved == 0)) / jnp.maximum(jnp.sum(updated), 1)
+    return MergedLeaf(
+        weight.path,
+        jnp.dtype(weight.w.dtype).name,
+        size=ratio(delta, old),
+        lost=ratio(moved - delta, delta),
+        unmoved=float(still),
     )

@@ -149,7 +149,7 @@ def make_train_step(
     >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
     >>> def loss_fn(params, batch, key):
     ...     return jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2)
-    >>> tx = optax.adam(1e-2)
+    >>> tx = optax.sgd(1e-2)
     >>> state = TrainState.create(wrapped, tx, jax.random.key(0))
     >>> step = make_train_step(loss_fn, tx)
     >>> batch = {"x": jnp.ones((16, 8)), "y": jnp.zeros((16, 4))}

@@ -39,15 +39,11 @@ def lines(count):
         yield f"name : Inn {i} | food : {food} | area : {area}||Inn {i} in the {area} has {food} . \n"
 
 
-def write_corpus(folder):
-    for split, count in (("train", 24), ("valid", 7), ("test", 5)):
-        (folder / f"{split}.txt").write_text("".join(lines(count)))
-    return folder
-
-
 @pytest.fixture
 def corpus(tmp_path):
-    return write_corpus(tmp_path)
+    for split, count in (("train", 24), ("valid", 7), ("test", 5)):
+        (tmp_path / f"{split}.txt").write_text("".join(lines(count)))
+    return tmp_path
 
 
 def sha256(text):
@@ -183,20 +179,21 @@ def test_evaluation_counts_every_example_once(examples):
     assert weights[24:].sum() == 0
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_smoothed_cross_entropy_of_the_completion(examples, smoothing):
+def test_the_loss_is_smoothed_cross_entropy_of_the_completion(examples):
     model, params = llama.load(TINY)
     batch = next(data.eval_batches(examples, 3))
-    logits = np.asarray(model.apply({"params": params}, jnp.asarray(batch["tokens"])), np.float64)
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, batch["tokens"]), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = 0.0
-    for i in range(3):
-        for t in range(examples.start[i], examples.end[i]):
-            goal = np.full(logits.shape[-1], smoothing / logits.shape[-1])
-            goal[batch["tokens"][i, t]] += 1 - smoothing
-            expected -= goal @ log_p[i, t - 1]
-    found = run.token_losses(model, params, jax.tree.map(jnp.asarray, batch), smoothing)
-    np.testing.assert_allclose(float(found), expected, rtol=1e-5)
+    loss = jax.jit(run.token_losses, static_argnums=0)
+    for smoothing in (0.0, 0.1):
+        expected = 0.0
+        for i in range(3):
+            for t in range(examples.start[i], examples.end[i]):
+                goal = np.full(logits.shape[-1], smoothing / logits.shape[-1])
+                goal[batch["tokens"][i, t]] += 1 - smoothing
+                expected -= goal @ log_p[i, t - 1]
+        found = loss(model, params, batch, jnp.float32(smoothing))
+        np.testing.assert_allclose(float(found), expected, rtol=1e-5)
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -231,27 +228,26 @@ def test_the_committed_config_is_one_the_parser_takes():
     )
 
 
+def test_a_base_weight_in_a_file_is_noticed():
+    _, params = llama.load(TINY)
+    kernel = np.asarray(params["layers_0"]["mlp"]["up_proj"]["kernel"])
+    other = np.zeros((3, 2), np.float32)
+    assert not run.holds_a_base_weight({"a": other, "b": kernel + 1}, params)
+    assert run.holds_a_base_weight({"a": other, "b": kernel}, params)
+    assert run.holds_a_base_weight({"a": other, "b": np.ascontiguousarray(kernel.T)}, params)
+
+
 def arguments(corpus, out, *more):
-    fixed = "--targets linear --rank 4 --alpha 8 --dropout 0.1 --learning-rate 0.01 --warmup 2 --steps 16"
+    fixed = "--targets linear --rank 4 --alpha 8 --dropout 0 --learning-rate 0.01 --warmup 2 --steps 16"
     fixed += " --batch 4 --evals 2 --eval-batch 4 --decode 4 --max-new 8 --name tiny"
     return [*fixed.split(), "--model", str(TINY), "--data", str(corpus), "--out", str(out), *more]
 
 
-def whole_run(corpus, out):
+def test_a_whole_run(nowhere, corpus, tmp_path):
+    out = tmp_path / "out"
     # optax's Adam promotes dtypes implicitly, as is allowed in a user's process.
     with jax.numpy_dtype_promotion("standard"):
         run.main(arguments(corpus, out))
-    return out
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """The folder that one run has written."""
-    folder = tmp_path_factory.mktemp("e2e")
-    return whole_run(write_corpus(folder), folder / "out")
-
-
-def test_a_whole_run(out):
     record = json.loads((out / "tiny.json").read_text())
 
     loss = record["validation_loss"]
@@ -278,13 +274,6 @@ def test_a_whole_run(out):
     assert record["settings"]["seed"] == 0
     assert (out / "tiny.png").read_bytes().startswith(b"\x89PNG")
     assert "merged decodes the same text  4 of 4" in run.summary(record)
-
-
-def test_a_run_repeats_bit_for_bit(out, corpus, tmp_path):
-    again = whole_run(corpus, tmp_path / "again")
-    first, second = (json.loads((folder / "tiny.json").read_text()) for folder in (out, again))
-    assert first["curves"] == second["curves"]
-    assert (out / "tiny.safetensors").read_bytes() == (again / "tiny.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.core import freeze
 
 from lora_jax.params import wrap
-from lora_jax.targets import resolve
+from lora_jax.targets import known_layouts, resolve
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import LoraWeight
 
@@ -18,16 +18,15 @@ LETTERS = {"batch": "b", "in": "i", "out": "o", "unit": "u"}
 
 
 def axes(params, **options):
-    """The axes of every wrapped leaf, one letter each, by path."""
-    wrapped = wrap(params, 2, **options)
-    if isinstance(wrapped, nnx.Module):
-        wrapped = nnx.split(wrapped)[1]
-    leaves = leaves_with_path(wrapped, lambda node: isinstance(node, LoraWeight))
-    return {
-        path: "".join(LETTERS[kind] for kind in leaf.axes)
-        for path, leaf in leaves
-        if isinstance(leaf, LoraWeight)
-    }
+    """The axes of every target, one letter each, by path."""
+    tree = nnx.split(params)[1] if isinstance(params, nnx.Module) else params
+    found, _ = resolve(tree, 2, layouts=known_layouts(params), **options)
+    return {path: "".join(LETTERS[kind] for kind in target.axes) for path, target in found.items()}
+
+
+def init(module, *inputs):
+    """A Linen model's parameters as shapes, which are all that axes are read from."""
+    return jax.eval_shape(module.init, KEY, *inputs)["params"]
 
 
 class Block(nn.Module):
@@ -81,7 +80,7 @@ def scan(module, position, length=3, **options):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("freezing", [dict, freeze], ids=["dict", "FrozenDict"])
 def test_linen_layers(bias, freezing):
-    params = freezing(Block(bias).init(KEY, X)["params"])
+    params = freezing(init(Block(bias), X))
     assert axes(params) == (WITH_BIAS if bias else PLAIN)
 
 
@@ -89,7 +88,7 @@ def test_linen_layers(bias, freezing):
 @pytest.mark.parametrize("position", [0, 1, -1, -2])
 @pytest.mark.parametrize("length", [3, 8], ids=["L=3", "L=d"])
 def test_linen_scan(bias, position, length):
-    params = scan(Block, position, length)(bias).init(KEY, X, None)["params"]
+    params = init(scan(Block, position, length)(bias), X, None)
     assert axes(params) == stacked(WITH_BIAS if bias else PLAIN, position)
 
 
@@ -103,7 +102,7 @@ def test_linen_scan_inside_a_model(position):
             x = nn.LayerNorm(name="final_norm")(x)
             return nn.Dense(11, name="lm_head")(x)
 
-    params = Model().init(KEY, jnp.ones((2, 5), jnp.int32))["params"]
+    params = init(Model(), jnp.ones((2, 5), jnp.int32))
     layers = {f"layers/{path}": kinds for path, kinds in stacked(WITH_BIAS, position).items()}
     assert axes(params) == layers
     assert axes(params, targets="all") == layers | {"lm_head/kernel": "io"}
@@ -116,7 +115,7 @@ def test_nested_scan():
         def __call__(self, c, _):
             return scan(Block, 0, 4)(name="inner")(c, None)
 
-    params = scan(Outer, 0, 3)().init(KEY, X, None)["params"]
+    params = init(scan(Outer, 0, 3)(), X, None)
     table = {f"inner/{path}": "bb" + kinds for path, kinds in WITH_BIAS.items()}
     assert axes(params) == table
 
@@ -136,7 +135,7 @@ def test_linen_vmapped_experts(position):
             )
             return experts(12)(x).sum(0)
 
-    params = Model().init(KEY, X)["params"]
+    params = init(Model(), X)
     assert axes(params) == stacked({"VmapDense_0/kernel": "io"}, position)
 
 
@@ -151,7 +150,7 @@ def test_attention_alone(use_bias, position):
             ), None
 
     module = Attend() if position is None else scan(Attend, position)()
-    params = module.init(KEY, X, None)["params"]["MultiHeadDotProductAttention_0"]
+    params = init(module, X, None)["MultiHeadDotProductAttention_0"]
     table = {
         "key/kernel": "ioo",
         "out/kernel": "iio",
@@ -205,7 +204,7 @@ def test_convolutions():
             x = nn.ConvTranspose(5, (2, 2), transpose_kernel=True)(x)
             return nn.Dense(3)(x.mean((1, 2)))
 
-    params = Net().init(KEY, jnp.ones((1, 8, 8, 3), jnp.float32))["params"]
+    params = init(Net(), jnp.ones((1, 8, 8, 3), jnp.float32))
     assert axes(params) == {
         "ConvTranspose_0/kernel": "iiio",
         "ConvTranspose_1/kernel": "iioi",
@@ -216,7 +215,7 @@ def test_convolutions():
 
 
 def test_recurrent_cells():
-    params = nn.RNN(nn.LSTMCell(4)).init(KEY, X)["params"]
+    params = init(nn.RNN(nn.LSTMCell(4)), X)
     assert set(axes(params).values()) == {"io"}
     assert len(axes(params)) == 8
 
@@ -229,15 +228,15 @@ def test_boxes_with_axis_names():
         def __call__(self, c, _):
             return nn.Dense(8, use_bias=False, kernel_init=init)(c), None
 
-    plain = Boxed().init(KEY, X, None)["params"]
-    wrapped = wrap(plain, 2)
+    plain = init(Boxed(), X, None)
+    wrapped = jax.eval_shape(lambda p: wrap(p, 2), plain)
     assert isinstance(wrapped["Dense_0"]["kernel"], nn.LogicallyPartitioned)
     assert isinstance(wrapped["Dense_0"]["kernel"].value, LoraWeight)
 
     # Nothing but the name that scan gave to its axis tells where it is.
     names = {nn.PARTITION_NAME: "layers"}
     for position in (0, 1, 2):
-        params = scan(Boxed, position, metadata_params=names)().init(KEY, X, None)["params"]
+        params = init(scan(Boxed, position, metadata_params=names)(), X, None)
         assert axes(params) == stacked({"Dense_0/kernel": "io"}, position)
 
 
@@ -280,14 +279,14 @@ NET = {
 
 
 def test_nnx_module():
-    net = Net(nnx.Rngs(0))
+    net = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     assert axes(net) == NET
     assert axes(net, targets="all") == NET | {"head/kernel": "io"}
     assert axes(net, targets="embed") == {"embed/embedding": "io"}
 
 
 def test_nnx_state_has_no_types_and_asks_where_names_do_not_tell():
-    state = nnx.split(Net(nnx.Rngs(0)))[1]
+    state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))[1]
     with pytest.raises(ValueError, match="bare_general/kernel.*ambiguous"):
         wrap(state, 2)
     assert axes(state, axes={"bare_general/kernel": ("in", "out", "out")}) == NET
@@ -299,7 +298,7 @@ def test_nnx_vmapped_module(position):
     def make(key):
         return Net(nnx.Rngs(key))
 
-    assert axes(make(jax.random.split(KEY, 3))) == stacked(NET, position)
+    assert axes(nnx.eval_shape(lambda: make(jax.random.split(KEY, 3)))) == stacked(NET, position)
 
 
 @pytest.mark.parametrize("position", [0, -1])
@@ -314,7 +313,7 @@ def test_nnx_vmapped_state(position):
     def make(key):
         return Small(nnx.Rngs(key))
 
-    state = nnx.split(make(jax.random.split(KEY, 3)))[1]
+    state = nnx.split(nnx.eval_shape(lambda: make(jax.random.split(KEY, 3))))[1]
     assert axes(state) == stacked({"split/kernel": "ioo", "up/kernel": "io"}, position)
 
 
@@ -515,9 +514,9 @@ def test_only_parameters_of_a_variables_dict_or_state_are_taken():
         def __call__(self, x):
             return nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))
 
-    variables = Normed().init(KEY, X)
+    variables = jax.eval_shape(Normed().init, KEY, X)
     found, full = resolve(variables, 2, train="BatchNorm_0")
     assert list(found) == ["params/Dense_0/kernel"]
     assert full == ["params/BatchNorm_0/bias", "params/BatchNorm_0/scale"]
-    state = nnx.split(Net(nnx.Rngs(0)))[1]
+    state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))[1]
     assert resolve(state, 2, targets="linear|again", train="bn")[1] == ["bn/bias", "bn/scale"]
