@@ -150,7 +150,11 @@ def _custom(init: Any, key: jax.Array, w: Any, target: Target, dtype: Any) -> Fa
 
 
 def place(x: Any, like: Any) -> Any:
-    """An array on the devices of another: replicated over its mesh, or on its single device."""
+    """An array on the devices of another: replicated over its mesh, or on its single device.
+
+    >>> place(jnp.ones(2), jax.device_put(jnp.ones(3), jax.devices()[0])).devices() == {jax.devices()[0]}
+    True
+    """
     if isinstance(x, Tracer) or isinstance(like, Tracer):
         return x
     if not isinstance(like, jax.Array) or not like.committed:

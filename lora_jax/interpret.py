@@ -258,8 +258,8 @@ class _Rejoin:
         out_nodes = [leaf for leaf in jax.tree.leaves(out, is_leaf=_is_leaf) if nnx.is_graph_node(leaf)]
         if out_nodes:
             raise TypeError(
-                f"the function returns an nnx {type(out_nodes[0]).__name__}. What it mutates on its arguments "
-                "is written back; return arrays, or nnx.split the module and return its state."
+                f"the function returns an nnx {type(out_nodes[0]).__name__}. What it mutates on its "
+                "arguments is written back; return arrays, or nnx.split the module and return its state."
             )
         leaves, self.treedef = jax.tree.flatten(out, is_leaf=is_wrapped_leaf)
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from lora_jax import initializers
 from lora_jax import targets as targets_lib
 from lora_jax.tree import leaves_with_path, map_with_path, structure_difference
-from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, sizes
+from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, sizes, wide_dtype
 
 Leaf = LoraWeight | FullWeight
 
@@ -158,7 +158,7 @@ def wrap(
             return value
         _require_array(path, value)
         w, a, b = initializers.initialize(key, value, target, dtype)
-        scale_dtype = jnp.promote_types(jnp.float32, dtype)
+        scale_dtype = wide_dtype(dtype)
         scale = initializers.place(jnp.asarray(target.scale, scale_dtype), w)
         return LoraWeight(w, a, b, scale, target.axes, path, target.dropout)
 
@@ -176,7 +176,7 @@ def _require_array(path: str, value: Any) -> None:
 def _full(path: str, value: Any) -> FullWeight:
     _require_array(path, value)
     # A copy even where the dtype stays: a train step donates it, and the base is the user's.
-    wide = jnp.promote_types(jnp.float32, value.dtype)
+    wide = wide_dtype(value.dtype)
     return FullWeight(jnp.array(value, dtype=wide, copy=True), value.dtype, path)
 
 
@@ -433,7 +433,7 @@ def trainable_only(tx: Any) -> Any:
 
     >>> import optax
     >>> params = wrap({"kernel": jnp.ones((8, 4))}, rank=2)
-    >>> tx = trainable_only(optax.adam(0.1))
+    >>> tx = trainable_only(optax.sgd(0.1))
     >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     >>> new = optax.apply_updates(params, updates)["kernel"]
     >>> bool((new.w == 1).all()), bool((new.b == 0).any())
@@ -484,7 +484,7 @@ class Adapter:
             have a fingerprint.
         fingerprint: By path, a number made of the bits of the base's weights; see `fingerprint`.
 
-    >>> made = adapter(wrap({"mlp": {"kernel": jnp.ones((8, 4))}}, rank=2))
+    >>> made = adapter(wrap({"mlp": {"kernel": jnp.ones((8, 4), jnp.float32)}}, rank=2))
     >>> list(made.leaves), made.shapes
     (['mlp/kernel'], {'mlp/kernel': ((8, 4), 'float32')})
     """
@@ -803,6 +803,9 @@ class Row:
         status: "adapted", "trained in full" or "skipped".
         why: Why it is skipped.
         wasteful: Whether the factors hold as many numbers as the leaf itself or more, r(m+n) >= mn.
+
+    >>> summary(wrap({"mlp": {"kernel": jnp.ones((8, 8))}}, rank=2)).rows[0].share
+    0.5
     """
 
     path: str
@@ -831,6 +834,10 @@ class Summary:
             full, in tree order.
         trainable: How many numbers are trained in all.
         total: How many numbers the base has in its floating leaves.
+
+    >>> made = summary(wrap({"mlp": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}, rank=2))
+    >>> made.trainable, made.total, len(made.rows)
+    (32, 72, 1)
     """
 
     rows: tuple[Row, ...]

@@ -62,6 +62,9 @@ class Layout:
     """What a layer's own type says of its weight before any stacking: the kinds and the sizes.
 
     A norm's weight has no axis of the kind "in".
+
+    >>> Layout(("out", "in"), (4, 8)).lookup
+    False
     """
 
     kinds: Axes
@@ -102,8 +105,8 @@ _BIAS = re.compile(r"bias|b[0-9]*|bias_n|beta|offset")
 _NORM = re.compile(r"scale|gamma|mean|var")
 _NORM_MODULE = re.compile(r"(.*_)?(\w*norm|ln|bn)(_?[0-9a-z]+)?", re.IGNORECASE)
 _HEAD = re.compile(
-    r"head|heads|lm_head|output_head|classification_head|classifier_head|cls_head|mlm_head|qa_head"
-    r"|logits|logits_dense|logits_layer|classifier|unembed|unembedding|output_projection|output_layer"
+    r"head|lm_head|output_head|classification_head|classifier_head|cls_head|mlm_head|qa_head"
+    r"|logits|logits_dense|logits_layer|classifier|unembed|unembedding|output_projection|logitdense"
     r"|readout|decoder_head|score_head|pooler_head"
 )
 _CONV = re.compile(r"(.*_)?[a-z]{0,2}conv(s|olution|transpose)?(_?[0-9]+_?d?)?(_.*)?", re.IGNORECASE)
@@ -123,7 +126,11 @@ _STACKED_NAMES = frozenset("layer layers stack scan scan_layers expert experts e
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is an array (or its abstract value) of a floating dtype."""
+    """Whether a leaf is an array (or its abstract value) of a floating dtype.
+
+    >>> is_floating(jnp.ones(2, jnp.bfloat16)), is_floating(jnp.arange(2)), is_floating("x")
+    (True, False, False)
+    """
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -158,7 +165,14 @@ def in_head(path: str) -> bool:
 
 
 def known_layouts(model: Any) -> dict[str, Layout]:
-    """The layouts that layer types state: NNX and Equinox modules know their own kernels."""
+    """The layouts that layer types state, by path: NNX and Equinox modules know their own kernels.
+
+    Neither library is imported for it: who holds a module has imported them.
+
+    >>> from flax import nnx
+    >>> known_layouts(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    {'kernel': Layout(kinds=('in', 'out'), shape=(8, 4), lookup=False)}
+    """
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Pytree):
         return _nnx_layouts(model, nnx)
@@ -343,7 +357,7 @@ def _candidates(
     return tuple(found or flipped)
 
 
-class Axis:
+class _Reader:
     """Reads the axes of a tree's kernels off names, siblings and layer types.
 
     A module's siblings are taken to be stacked as it is: Flax stacks whole blocks. The evidence is
@@ -400,10 +414,7 @@ class Axis:
             return False
         stack, axes = chosen[0]
         return any(
-            other != axes
-            and len(more) == len(stack) + 1
-            and more[: len(stack)] == stack
-            and more[-1][0] >= 0
+            other != axes and len(more) == len(stack) + 1 and more[: len(stack)] == stack and more[-1][0] >= 0
             for more, other in candidates
         )
 
@@ -521,7 +532,7 @@ def _family(leaf: _Leaf) -> str:
 # --- Selection ------------------------------------------------------------------------------------
 
 
-def read_leaves(params: Any, layouts: Mapping[str, Layout]) -> list[_Leaf]:
+def _read_leaves(params: Any, layouts: Mapping[str, Layout]) -> list[_Leaf]:
     """The leaves of a tree in order, each with its layout, metadata and reason to be no parameter."""
     nnx = sys.modules.get("flax.nnx")
 
@@ -578,7 +589,7 @@ def resolve(
     >>> found["q/kernel"].axes, found["q/kernel"].alpha, full
     (('in', 'out'), 2.0, ['q/bias'])
     """
-    leaves = read_leaves(params, layouts or {})
+    leaves = _read_leaves(params, layouts or {})
     _check_tree(leaves)
     by_path = {leaf.path: leaf for leaf in leaves}
     given = _given_axes(axes, leaves)
@@ -591,7 +602,7 @@ def resolve(
             f"{_some(overlap)} would be both adapted and trained in full: write "
             f"exclude={_pattern(overlap[0])!r} to train in full alone, or take the path out of train."
         )
-    reader = Axis(leaves)
+    reader = _Reader(leaves)
     kinds: dict[str, Axes] = {}
     for path in chosen:
         kinds[path] = given[path] if path in given else _known_axes(reader, by_path[path])
@@ -777,7 +788,7 @@ def _refusal(leaf: _Leaf) -> str:
     )
 
 
-def _known_axes(reader: Axis, leaf: _Leaf) -> Axes:
+def _known_axes(reader: _Reader, leaf: _Leaf) -> Axes:
     found = reader.of(leaf) if leaf.role in ("kernel", "embedding") else []
     if len(found) == 1:
         return found[0]
@@ -815,8 +826,13 @@ def _given_axes(axes: Any, leaves: Sequence[_Leaf]) -> dict[str, Axes]:
     elif isinstance(axes, Mapping):
         paths = [leaf.path for leaf in leaves]
         for pattern in axes:
-            if pattern not in paths and not any(matches(pattern, path) for path in paths):
+            hits = [
+                leaf for leaf in leaves if pattern == leaf.path or matches(pattern, leaf.path, leaf.value)
+            ]
+            if not hits:
                 raise ValueError(_nothing(f"axes={{{pattern!r}: ...}}", pattern, paths))
+            if not any(leaf.matrix for leaf in hits):
+                raise ValueError(f"axes={{{pattern!r}: ...}}: {_refusal(hits[0])}")
         for leaf in leaves:
             if leaf.path in axes:
                 found[leaf.path] = axes[leaf.path]

@@ -97,6 +97,11 @@ def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
+def _strong(leaf: Any) -> Any:
+    """The same value without a weak type."""
+    return lax.convert_element_type(leaf, _dtype(leaf))
+
+
 Metrics = dict[str, Any]
 
 
@@ -188,7 +193,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, opt_state, trainable, value=loss)
         trainable = optax.apply_updates(trainable, updates)
         # As strongly typed as the state that came in, or the second call would compile anew.
-        opt_state = jax.tree.map(lambda x: lax.convert_element_type(x, _dtype(x)), opt_state)
+        opt_state = jax.tree.map(_strong, opt_state)
         step = step + jnp.ones((), jnp.int32)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "step": step, **aux}
         return trainable, opt_state, step, mutated, metrics
@@ -244,12 +249,12 @@ def _mutated(params: Any, frozen: Any) -> dict[str, Any]:
     for i, ((path, old), new) in enumerate(zip(before, after, strict=True)):
         if new is old:
             continue
-        if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(old):
+        if jnp.shape(new) != jnp.shape(old) or _dtype(new) != _dtype(old):
             raise TypeError(
                 f"loss_fn changes the module's {path!r} from {_show(old)} to {_show(new)}; what a train "
                 "step mutates must keep its shape and dtype. Cast it to those it had."
             )
-        changed[str(offset + i)] = lax.convert_element_type(new, jnp.result_type(new))
+        changed[str(offset + i)] = _strong(new)
     return changed
 
 

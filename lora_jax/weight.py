@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NoReturn, Self
 
@@ -190,13 +191,13 @@ class LoraWeight(_Node):
     def dense(self, dtype: Any = None) -> jax.Array:
         """W + s·A·B, added in float32 (or wider) and rounded once to `dtype`, by default w's.
 
-        Where the update is zero the entry of `w` is kept as it is, so -0.0 survives.
+        Where the update is zero the entry of `w` is kept as it is, so -0.0 survives. The
+        derivative is that of the sum everywhere.
         """
         wide = wide_dtype(self.w.dtype, self.a.dtype, self.b.dtype)
         out = self.w.dtype if dtype is None else jnp.dtype(dtype)
         delta = _laid_out_as(self.delta(wide), self.w)
-        total = lax.convert_element_type(self.w.astype(wide) + delta, out)
-        return jnp.where(delta == 0, self.w.astype(out), total)
+        return _sum(out, self.w, delta)
 
     def __repr__(self) -> str:
         def show(x: Any) -> str:
@@ -206,6 +207,19 @@ class LoraWeight(_Node):
             f"LoraWeight({self.path!r}, w={show(self.w)}, a={show(self.a)}, b={show(self.b)}, "
             f"scale={show(self.scale)}, axes={self.axes}, dropout={self.dropout})"
         )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum(dtype: Any, w: jax.Array, delta: jax.Array) -> jax.Array:
+    # Without a rule of its own the select would pass no gradient to an update that is still zero.
+    total = lax.convert_element_type(w.astype(delta.dtype) + delta, dtype)
+    return jnp.where(delta == 0, w.astype(dtype), total)
+
+
+@_sum.defjvp
+def _sum_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    w, delta = tangents
+    return _sum(dtype, *primals), lax.convert_element_type(w.astype(delta.dtype) + delta, dtype)
 
 
 def _laid_out_as(x: jax.Array, like: Any) -> jax.Array:

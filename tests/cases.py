@@ -7,6 +7,7 @@ a row here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from lora_jax.weight import AxisKind, LoraWeight, is_wrapped_leaf, sizes
 
 import lora_jax
+from lora_jax.weight import AxisKind, LoraWeight, is_wrapped_leaf, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Case:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def add(name: str, fn: Callable[..., Any], wrapped: Callable[..., Any], inputs: Callable[..., Any]) -> None:
+    # Every property asks for the same trees, and an nnx or Linen model takes a second to make.
+    CASES.append(Case(name, fn, functools.cache(wrapped), functools.cache(inputs)))
 
 
 def key(name: str) -> jax.Array:
@@ -82,21 +88,22 @@ def case(
                 for i, x in enumerate(inputs)
             )
 
-        CASES.append(Case(name, fn, wrapped, make))
+        add(name, fn, wrapped, make)
         return fn
 
     return decorate
 
 
 def randomised(tree: Any, dtype: Any, zero: bool) -> Any:
-    """A wrapped tree in a dtype, with b drawn at random unless it is to be zero."""
+    """A wrapped tree in a dtype, with a and b drawn at random, or b zero."""
 
     def leaf(node: Any) -> Any:
         if not isinstance(node, LoraWeight):
             return node.astype(dtype) if jnp.issubdtype(node.dtype, jnp.floating) else node
         factor = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        b = jnp.zeros(node.b.shape, factor) if zero else normal(node.path, node.b.shape, factor)
-        return node.replace(w=node.w.astype(dtype), a=node.a.astype(factor), b=b)
+        a, b = normal(node.path + "a", node.a.shape, factor), normal(node.path + "b", node.b.shape, factor)
+        b = jnp.zeros_like(b) if zero else b
+        return node.replace(w=node.w.astype(dtype), a=a, b=b)
 
     return jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf)
 
@@ -112,14 +119,14 @@ def linen(name: str, model: nn.Module, *inputs: Any, **options: Any) -> None:
 
     def wrapped(dtype: Any, zero: bool) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            params = model.init(jax.random.key(0), *make(jnp.float32))["params"]
+            params = jax.jit(model.init)(jax.random.key(0), *make(jnp.float32))["params"]
         return randomised(lora_jax.wrap(params, rank=3, alpha=6.0, **options), dtype, zero)
 
     def fn(params: Any, *xs: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # flax's own layers mix dtypes
             return model.apply({"params": params}, *xs)
 
-    CASES.append(Case(name, fn, wrapped, make))
+    add(name, fn, wrapped, make)
 
 
 def nnx_case(name: str, make_model: Callable[[nnx.Rngs], Any], *inputs: Any, **options: Any) -> None:
@@ -141,7 +148,7 @@ def nnx_case(name: str, make_model: Callable[[nnx.Rngs], Any], *inputs: Any, **o
         with jax.numpy_dtype_promotion("standard"):
             return nnx.merge(graphdef, state)(*xs)
 
-    CASES.append(Case(name, fn, wrapped, make))
+    add(name, fn, wrapped, make)
 
 
 MATRIX: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((4, 6), ("in", "out"))
@@ -292,6 +299,11 @@ def embedding_two_axes(p, ids):
     return p["w"][ids]
 
 
+@case({"w": ((3, 11, 4), ("batch", "in", "out"))}, IDS)
+def embedding_of_every_layer(p, ids):
+    return p["w"][:, ids]
+
+
 @case({"w": TABLE}, 3)
 def one_row(p, i):
     return p["w"][i]
@@ -341,7 +353,7 @@ def conv_explicit_padding(p, x):
     return _conv(x, p["w"], (1, 2), [(0, 2), (3, 1)])
 
 
-@case({"w": ((3, 3, 2, 6), ("in", "in", "in", "out"))}, (2, 7, 8, 4))
+@case({"w": ((3, 3, 2, 12), ("in", "in", "in", "out"))}, (2, 7, 8, 4))
 def conv_groups(p, x):
     return _conv(x, p["w"], (2, 1), feature_group_count=2)
 
@@ -427,9 +439,9 @@ def expand_and_squeeze(p, x):
     return (x[:, :, None, :] @ p["w"][None])[:, :, 0] + x @ jnp.squeeze(p["w"][:, None, :], 1)
 
 
-@case({"w": MATRIX}, (3, 5, 4))
+@case({"w": ((16, 16), ("in", "out"))}, (3, 5, 16))
 def broadcast(p, x):
-    return jnp.einsum("bsi,bio->bso", x, jnp.broadcast_to(p["w"], (3, 4, 6)))
+    return jnp.einsum("bsi,bio->bso", x, jnp.broadcast_to(p["w"], (3, 16, 16)))
 
 
 @case({"w": MATRIX}, (2, 4))
@@ -645,6 +657,7 @@ class NnxBlock(nnx.Module):
 class NnxText(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(11, 4, rngs=rngs)
+        self.embed.dtype = None  # else it computes in the dtype that it was made with
         self.block = NnxBlock(rngs)
 
     def __call__(self, ids):

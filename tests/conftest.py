@@ -6,3 +6,5 @@ import jax  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling is most of the tests' time. What XLA's optimizations could change, test_types checks with them.
+jax.config.update("jax_disable_most_optimizations", True)

@@ -31,7 +31,9 @@ def test_figures_are_those_worked_out_by_hand():
     merged = np.asarray((w + delta).astype(jnp.bfloat16), np.float64)
     assert leaf.path == "layer/kernel" and leaf.dtype == "bfloat16"
     np.testing.assert_allclose(leaf.size, 0.002, rtol=1e-3)
-    np.testing.assert_allclose(leaf.lost, np.linalg.norm(merged - w - delta) / np.linalg.norm(delta), rtol=1e-3)
+    np.testing.assert_allclose(
+        leaf.lost, np.linalg.norm(merged - w - delta) / np.linalg.norm(delta), rtol=1e-3
+    )
     np.testing.assert_allclose(leaf.unmoved, np.mean(merged == w), rtol=1e-6)
 
 

@@ -43,7 +43,8 @@ def test_off_without_a_key_and_at_rate_zero():
 def test_entries_are_dropped_at_the_rate_and_the_rest_scaled():
     x = jnp.ones((200, 50), jnp.float64)
     out = lora_jax.lora(lambda w, x: x @ w, key=KEY)(mask_weight(50), x)
-    assert set(np.round(np.unique(out), 12)) == {0.0, round(1 / (1 - RATE), 12)}
+    low, high = np.unique(np.round(out, 12))
+    assert low == 0 and abs(high - 1 / (1 - RATE)) < 1e-4
     assert abs(float(jnp.mean(out == 0)) - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / out.size)
 
 
@@ -104,9 +105,10 @@ def test_the_base_path_is_not_dropped():
 def test_convolutions_and_the_tied_product_drop_their_input():
     kernel = weight("k", (3, 3, 4, 6), ("in", "in", "in", "out"), jnp.float64).replace(dropout=0.5)
     x = jnp.ones((1, 8, 8, 4), jnp.float64)
-    conv = lambda k, x: lax.conv_general_dilated(
-        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )  # noqa: E731
+
+    def conv(k, x):
+        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
     table = weight("t", (11, 4), ("in", "out"), jnp.float64).replace(dropout=0.5)
     for fn, w, y in ((conv, kernel, x), (lambda t, x: x @ t.T, table, x[0, 0])):
         with_key, without = lora_jax.lora(fn, key=KEY)(w, y), lora_jax.lora(fn)(w, y)

@@ -33,6 +33,20 @@ TRANSFORMS = {
 }
 
 
+# What the bare function itself cannot do: nnx refuses a state from outside of vmap in its scan.
+IMPOSSIBLE = {("nnx_stacked", "vmap")}
+# vmap turns a branch into a select between weights, masked entry by entry, if its predicate is mapped.
+REFUSED_INSIDE = {("cond", "vmap")}
+# The models' operations are rows of their own; eagerly they are in test_types.
+PAIRS = [
+    (case, name)
+    for case in CASES
+    for name in TRANSFORMS
+    if (case.name, name) not in IMPOSSIBLE
+    and not (name == "eager" and case.name.startswith(("linen", "nnx")))
+]
+
+
 def assert_same(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -41,8 +55,7 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * size)
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("case", "transform"), PAIRS, ids=repr)
 def test_equals_the_merged_function(case, transform):
     wrapped, inputs = case.wrapped(jnp.float64, False), case.inputs(jnp.float64)
     change = TRANSFORMS[transform]
@@ -50,5 +63,8 @@ def test_equals_the_merged_function(case, transform):
     untouched = case.fn(jax.tree.map(jnp.zeros_like, dense_tree(wrapped)), *inputs)
     assert jax.tree.leaves(untouched)
     assert_same(change(lora_jax.lora(case.fn))(wrapped, *inputs), expected)
-    if transform != "eager":
+    if (case.name, transform) in REFUSED_INSIDE:
+        with pytest.raises(lora_jax.RefusedError, match="select_n"):
+            lora_jax.lora(change(case.fn))(wrapped, *inputs)
+    elif transform != "eager":
         assert_same(lora_jax.lora(change(case.fn))(wrapped, *inputs), expected)

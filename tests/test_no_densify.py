@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from cases import CASES
 from jax.extend.core import Literal
-from lora_jax.weight import LoraWeight, is_wrapped_leaf
 
 import lora_jax
+from lora_jax.weight import LoraWeight, is_wrapped_leaf
 
 DATA = "data"
 
@@ -44,8 +44,10 @@ def check(jaxpr, marks, found):
 
     for eqn in jaxpr.eqns:
         ins = [read(v) for v in eqn.invars]
-        union = merge_marks(ins)
+        union, results = merge_marks(ins), []
         for inner in inner_jaxprs(eqn):
+            if eqn.primitive.name == "while" and inner is not eqn.params["body_jaxpr"].jaxpr:
+                continue
             n = len(inner.invars)
             inner_marks = [dict(m) for m in ins[len(ins) - n :]] if n <= len(ins) else [union] * n
             for mark, outer, var in zip(inner_marks, eqn.invars[len(ins) - n :], inner.invars, strict=False):
@@ -60,10 +62,13 @@ def check(jaxpr, marks, found):
                         merge_marks([m, {k: s for k, s in carried.items() if m and k != DATA}])
                         for m in inner_marks
                     ]
-        for v in eqn.outvars:
-            env[v] = union
-            if DATA not in union and any(math.prod(v.aval.shape) >= size for size in union.values()):
-                found.append((eqn.primitive.name, v.aval.shape, union))
+            results.append(outs)
+        for i, v in enumerate(eqn.outvars):
+            # What comes out of an inner jaxpr depends on what its own output does.
+            keys = {k for outs in results for k in outs[i]} if results else union.keys()
+            env[v] = mark = {k: union.get(k, math.inf) for k in keys}
+            if DATA not in mark and any(math.prod(v.aval.shape) >= size for size in mark.values()):
+                found.append((eqn.primitive.name, v.aval.shape, mark))
     return [read(v) for v in jaxpr.outvars]
 
 

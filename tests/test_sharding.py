@@ -25,7 +25,10 @@ def row_parallel(w, x):
 # name: (function, the weight's shape, axes and spec, the input's shape and spec)
 ROWS = {
     "column parallel": (lambda w, x: x @ w, (8, 16), ("in", "out"), P(None, "model"), (4, 3, 8), P("data")),
-    "row parallel": (row_parallel, (8, 16), ("in", "out"), P("model", None), (4, 3, 8), P("data", None, "model")),
+    "row parallel": (
+        row_parallel,
+        (8, 16), ("in", "out"), P("model", None), (4, 3, 8), P("data", None, "model"),
+    ),
     "fsdp": (lambda w, x: x @ w, (8, 16), ("in", "out"), P(), (4, 4, 8), P("data", "model")),
     "heads": (
         lambda w, x: jnp.einsum("bsd,dhk->bshk", x, w),
@@ -43,9 +46,20 @@ ROWS = {
 }  # fmt: skip
 
 
+def derived(axes, spec):
+    """The specs of a and b when each axis is sharded as the base's."""
+    parts = [*spec, *(None,) * (len(axes) - len(spec))]
+    batch, inner, outer = ([p for p, k in zip(parts, axes, strict=True) if k == kind] for kind in KINDS)
+    return {"a": P(*batch, *inner, None), "b": P(*batch, None, *outer), "scale": P(*batch)}
+
+
+KINDS = ("batch", "in", "out")
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("factors", ["replicated", "as the base"])
 @pytest.mark.parametrize("row", ROWS)
-def test_values_gradients_and_shardings(row, kind):
+def test_values_gradients_and_shardings(row, factors, kind):
     fn, shape, axes, w_spec, x_shape, x_spec = ROWS[row]
     w = weight("w", shape, axes, jnp.float64)
     x = jax.random.normal(jax.random.key(1), x_shape, jnp.float64)
@@ -57,9 +71,10 @@ def test_values_gradients_and_shardings(row, kind):
     gradients = jax.grad(loss)((w.a, w.b), w, x)
     with jax.set_mesh(mesh(kind)) as on:
         on = on if on is not None else jax.sharding.get_mesh()
+        specs = derived(axes, w_spec) if factors == "as the base" else {k: P() for k in ("a", "b", "scale")}
         placed = w.replace(
             w=jax.device_put(w.w, NamedSharding(on, w_spec)),
-            **{k: jax.device_put(getattr(w, k), NamedSharding(on, P())) for k in ("a", "b", "scale")},
+            **{k: jax.device_put(getattr(w, k), NamedSharding(on, spec)) for k, spec in specs.items()},
         )
         x = jax.device_put(x, NamedSharding(on, x_spec))
         bare = jax.jit(fn)(placed.w, x)
@@ -67,5 +82,7 @@ def test_values_gradients_and_shardings(row, kind):
         assert ours.sharding.is_equivalent_to(bare.sharding, ours.ndim)
         assert jax.typeof(ours) == jax.typeof(bare)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * 100)
-        for got, want in zip(jax.jit(jax.grad(loss))((placed.a, placed.b), placed, x), gradients, strict=True):
+        for got, want in zip(
+            jax.jit(jax.grad(loss))((placed.a, placed.b), placed, x), gradients, strict=True
+        ):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * (1 + np.abs(want).max()))

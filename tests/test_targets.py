@@ -9,7 +9,6 @@ from flax.core import freeze
 
 from lora_jax.params import wrap
 from lora_jax.targets import known_layouts, resolve
-from lora_jax.tree import leaves_with_path
 from lora_jax.weight import LoraWeight
 
 KEY = jax.random.key(0)
@@ -130,7 +129,7 @@ def test_linen_vmapped_experts(position):
                 nn.Dense,
                 variable_axes={"params": position},
                 split_rngs={"params": True},
-                in_axes=None,
+                in_axes=None,  # type: ignore[arg-type]
                 axis_size=4,
             )
             return experts(12)(x).sum(0)
@@ -221,12 +220,12 @@ def test_recurrent_cells():
 
 
 def test_boxes_with_axis_names():
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    boxed = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
 
     class Boxed(nn.Module):
         @nn.compact
         def __call__(self, c, _):
-            return nn.Dense(8, use_bias=False, kernel_init=init)(c), None
+            return nn.Dense(8, use_bias=False, kernel_init=boxed)(c), None
 
     plain = init(Boxed(), X, None)
     wrapped = jax.eval_shape(lambda p: wrap(p, 2), plain)
@@ -318,36 +317,24 @@ def test_nnx_vmapped_state(position):
 
 
 def test_equinox():
-    eqx = pytest.importorskip("equinox")
+    import equinox as eqx
+
     keys = iter(jax.random.split(KEY, 20))
-
-    class Model(eqx.Module):
-        linear: eqx.nn.Linear
-        square: eqx.nn.Linear
-        conv: eqx.nn.Conv2d
-        back: eqx.nn.ConvTranspose2d
-        embed: eqx.nn.Embedding
-        attention: eqx.nn.MultiheadAttention
-        gru: eqx.nn.GRUCell
-        norm: eqx.nn.LayerNorm
-        experts: eqx.nn.Linear
-        norms: eqx.nn.LayerNorm
-        head: eqx.nn.Linear
-        function: object = jax.nn.relu
-
-    model = Model(
-        eqx.nn.Linear(8, 4, key=next(keys)),
-        eqx.nn.Linear(8, 8, use_bias=False, key=next(keys)),
-        eqx.nn.Conv2d(2, 4, 3, key=next(keys)),
-        eqx.nn.ConvTranspose2d(2, 4, 3, key=next(keys)),
-        eqx.nn.Embedding(11, 8, key=next(keys)),
-        eqx.nn.MultiheadAttention(2, 8, key=next(keys)),
-        eqx.nn.GRUCell(3, 4, key=next(keys)),
-        eqx.nn.LayerNorm(8),
-        eqx.filter_vmap(lambda k: eqx.nn.Linear(8, 4, key=k))(jax.random.split(next(keys), 3)),
-        eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(8))(jnp.arange(3)),
-        eqx.nn.Linear(8, 3, key=next(keys)),
-    )
+    layers = {
+        "linear": lambda k: eqx.nn.Linear(8, 4, key=k),
+        "square": lambda k: eqx.nn.Linear(8, 8, use_bias=False, key=k),
+        "conv": lambda k: eqx.nn.Conv2d(2, 4, 3, key=k),
+        "back": lambda k: eqx.nn.ConvTranspose2d(2, 4, 3, key=k),
+        "embed": lambda k: eqx.nn.Embedding(11, 8, key=k),
+        "attention": lambda k: eqx.nn.MultiheadAttention(2, 8, key=k),
+        "gru": lambda k: eqx.nn.GRUCell(3, 4, key=k),
+        "norm": lambda k: eqx.nn.LayerNorm(8),
+        "experts": lambda k: eqx.filter_vmap(lambda k: eqx.nn.Linear(8, 4, key=k))(jax.random.split(k, 3)),
+        "norms": lambda k: eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(8))(jnp.arange(3)),
+        "function": lambda k: jax.nn.relu,
+        "head": lambda k: eqx.nn.Linear(8, 3, key=k),
+    }
+    model = {name: eqx.filter_eval_shape(make, next(keys)) for name, make in layers.items()}
     table = {
         "linear/weight": "oi",
         "square/weight": "oi",
@@ -363,6 +350,8 @@ def test_equinox():
     }
     assert axes(model) == table
     assert axes(model, targets="embed") == {"embed/weight": "io"}
+    mlp = eqx.filter_eval_shape(lambda: eqx.nn.MLP(2, 3, 4, 1, key=KEY))
+    assert axes(mlp) == {"layers/0/weight": "oi", "layers/1/weight": "oi"}
 
 
 def test_haiku_like_and_hand_written_dicts():

@@ -8,6 +8,14 @@ from cases import CASES, dense_tree
 
 import lora_jax
 
+
+@pytest.fixture(autouse=True)
+def optimized():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 DTYPES = [jnp.float32, jnp.bfloat16]
 ROWS = [case for case in CASES if case.name != "cast"]  # which computes in float64 by its own doing
 

@@ -8,6 +8,7 @@ operand, then the other with the result: the order decides the cost, the labels 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from lora_jax.rules.shape import per_axis, permuted
 from lora_jax.weight import LoraWeight, wide_dtype
 
 RANK = "rank"
+ROWS = "rows"
 Label = Hashable
 
 
@@ -33,21 +35,22 @@ class Labelled(NamedTuple):
     labels: tuple[Label, ...]
 
 
-def factors(weight: LoraWeight, labels: Sequence[Label], dtype: Any) -> tuple[Labelled, Labelled]:
-    """a and s·b in `dtype`, their axes labelled by those of the weight."""
+def factor_labels(weight: LoraWeight, labels: Sequence[Label]) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
+    """The labels of a's and of b's axes, from those of the weight's."""
     batch, inner, outer = (tuple(labels[i] for i in weight.axes_of(kind)) for kind in ("batch", "in", "out"))
-    a, b, scale = (_as(x, dtype) for x in (weight.a, weight.b, weight.scale))
-    scaled = lax.mul(b, lax.broadcast_in_dim(scale, b.shape, range(scale.ndim)))
-    return Labelled(a, (*batch, *inner, RANK)), Labelled(scaled, (*batch, RANK, *outer))
+    return (*batch, *inner, RANK), (*batch, RANK, *outer)
+
+
+def scaled(b: jax.Array, scale: jax.Array) -> jax.Array:
+    """s·b; the scale has b's leading axes, those of the batch."""
+    return lax.mul(b, lax.broadcast_in_dim(_as(scale, b.dtype), b.shape, range(scale.ndim)))
 
 
 def _as(x: jax.Array, dtype: Any) -> jax.Array:
     return lax.convert_element_type(x, dtype) if x.dtype != dtype else x
 
 
-def contract(
-    x: Labelled, y: Labelled, keep: set[Label], precision: Any, specs: dict[Label, Any] | None
-) -> Labelled:
+def contract(x: Labelled, y: Labelled, keep: set[Label], precision: Any, specs: Any = None) -> Labelled:
     """The product of two labelled arrays, summed over the labels that both have and `keep` has not."""
     shared = [label for label in x.labels if label in y.labels]
     batch = [label for label in shared if label in keep]
@@ -55,9 +58,8 @@ def contract(
     free_x = [label for label in x.labels if label not in shared]
     free_y = [label for label in y.labels if label not in shared]
     labels = (*batch, *free_x, *free_y)
-    if not batch and _flattens(x, free_x, summed, specs) and _flattens(y, free_y, summed, specs):
-        product = _flat_dot(x, y, free_x, free_y, summed, precision)
-        return Labelled(product, labels)
+    if specs is None and not batch and _is_matrix(x, free_x, summed) and _is_matrix(y, free_y, summed):
+        return Labelled(_flat_dot(x, y, free_x, free_y, summed, precision), labels)
     dims = (
         ([x.labels.index(s) for s in summed], [y.labels.index(s) for s in summed]),
         ([x.labels.index(s) for s in batch], [y.labels.index(s) for s in batch]),
@@ -68,20 +70,13 @@ def contract(
         dims,
         precision=precision,
         preferred_element_type=x.array.dtype,
-        out_sharding=None if specs is None else _sharding(x.array, [specs.get(s) for s in labels]),
+        out_sharding=None if specs is None else _sharding(x.array, [dict(specs).get(s) for s in labels]),
     )
     return Labelled(product, labels)
 
 
-def _flattens(x: Labelled, free: list[Label], summed: list[Label], specs: Any) -> bool:
-    """Whether reshaping to a matrix moves no data: the free axes lie together, and the summed in order.
-
-    It is done since XLA's CPU backend runs the gradient of a product over several axes with a
-    transposition of the whole operand. Other backends have no need of it, and where an inner axis
-    may be sharded merging it into another would gather it.
-    """
-    if specs is not None or jax.default_backend() != "cpu":
-        return False
+def _is_matrix(x: Labelled, free: list[Label], summed: list[Label]) -> bool:
+    """Whether reshaping to a matrix moves no data: the free axes lie together, and so do the summed."""
     return x.labels in ((*free, *summed), (*summed, *free))
 
 
@@ -106,14 +101,14 @@ def _flat_dot(
     return flat if flat.shape == shape else lax.reshape(flat, shape)
 
 
-def _specs(x: Labelled, out: jax.Array, out_labels: Sequence[Label]) -> dict[Label, Any] | None:
+def _specs(x: Labelled, out: jax.Array, out_labels: Sequence[Label]) -> tuple[tuple[Label, Any], ...] | None:
     """The mesh axes of each label where shardings are part of types, or None where they are not."""
     mesh = jax.typeof(x.array).sharding.mesh
     if AxisType.Explicit not in getattr(mesh, "axis_types", ()):
         return None
     specs: dict[Label, Any] = dict(zip(x.labels, jax.typeof(x.array).sharding.spec, strict=True))
     specs.update(zip(out_labels, jax.typeof(out).sharding.spec, strict=True))
-    return specs
+    return tuple(specs.items())
 
 
 def _sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
@@ -128,11 +123,8 @@ def _sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
 
 
 def add_branch(context: Context, base: jax.Array, branch: jax.Array) -> jax.Array:
-    """base + branch, added in the branch's dtype and rounded once to the base's."""
-    if base.dtype == branch.dtype:
-        total = lax.add(base, branch)
-    else:
-        total = lax.convert_element_type(lax.add(_as(base, branch.dtype), branch), base.dtype)
+    """Base + branch, added in the branch's dtype and rounded once to the base's."""
+    total = _as(lax.add(_as(base, branch.dtype), branch), base.dtype)
     aval = context.eqn.outvars[0].aval
     if getattr(aval, "weak_type", False):
         total = p.convert_element_type_p.bind(total, new_dtype=aval.dtype, weak_type=True, sharding=None)
@@ -140,15 +132,80 @@ def add_branch(context: Context, base: jax.Array, branch: jax.Array) -> jax.Arra
 
 
 def dropped(context: Context, x: jax.Array, rate: float) -> jax.Array:
-    """The branch's input with each entry dropped at `rate` and the rest scaled up by 1 / (1 - rate)."""
+    """The branch's input with each entry dropped at `rate` and the rest scaled up, in the mean x again.
+
+    Sixteen random bits an entry: drawing them is what dropout costs. The rate is rounded to
+    2⁻¹⁶, and the scale is that of the rounded rate.
+    """
     if context.key is None or not rate:
         return x
-    keep = jax.random.bernoulli(context.key, 1.0 - rate, x.shape)
+    kept = min(max(round((1.0 - rate) * 2**16), 1), 2**16 - 1)
+    bits = jax.random.bits(context.key, x.shape, jnp.uint16)
+    keep = lax.lt(bits, lax.full_like(bits, kept))
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit in getattr(sharding.mesh, "axis_types", ()):
         keep = jax.sharding.reshard(keep, sharding)
-    scaled = lax.mul(x, lax.full_like(x, 1.0 / (1.0 - rate)))
+    scaled = lax.mul(x, lax.full_like(x, 2**16 / kept))
     return lax.select(keep, scaled, lax.full_like(x, 0))
+
+
+class _Plan(NamedTuple):
+    """All that is static about a branch, so that layers of one form share one trace of it."""
+
+    x: tuple[Label, ...]
+    a: tuple[Label, ...]
+    b: tuple[Label, ...]
+    out: tuple[Label, ...]
+    precision: Any
+    specs: tuple[tuple[Label, Any], ...] | None
+    flatten: bool
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _branch(plan: _Plan, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """Σ x · a · s·b over the labels that the output does not have, in x's dtype and the output's order."""
+    first, second = Labelled(_as(a, x.dtype), plan.a), Labelled(scaled(_as(b, x.dtype), scale), plan.b)
+    keep = set(plan.out)
+
+    def summed(factor: Labelled) -> int:
+        sizes = zip(factor.labels, factor.array.shape, strict=True)
+        return math.prod(n for label, n in sizes if label in plan.x and label not in keep)
+
+    # The factor that sums more of x goes first, and leaves the smaller intermediate.
+    if summed(first) < summed(second):
+        first, second = second, first
+    operand, rows, out = Labelled(x, plan.x), (), plan.out
+    if plan.flatten:
+        operand, rows, out = _with_rows(operand, out, {*plan.a, *plan.b})
+        keep = set(out)
+    middle = contract(operand, first, keep | set(second.labels), plan.precision, plan.specs)
+    product = contract(middle, second, keep, plan.precision, plan.specs)
+    order = [product.labels.index(label) for label in out]
+    array = product.array if order == sorted(order) else lax.transpose(product.array, order)
+    if rows:
+        place = out.index(ROWS)
+        array = lax.reshape(array, (*array.shape[:place], *rows, *array.shape[place + 1 :]))
+    return array
+
+
+def _with_rows(
+    x: Labelled, out: tuple[Label, ...], held: set[Label]
+) -> tuple[Labelled, tuple[int, ...], tuple[Label, ...]]:
+    """Give x with the axes that no factor has merged into one, if they lie together in it and in the output.
+
+    Gives also the merged axes' sizes, none if nothing was merged, and the output's new labels.
+    """
+    free = tuple(label for label in x.labels if label not in held)
+    start = x.labels.index(free[0]) if free else 0
+    place = out.index(free[0]) if free else 0
+    end, out_end = start + len(free), place + len(free)
+    if len(free) < 2 or x.labels[start:end] != free or out[place:out_end] != free:
+        return x, (), out
+    shape = x.array.shape
+    rows = shape[start:end]
+    merged = lax.reshape(x.array, (*shape[:start], math.prod(rows), *shape[end:]))
+    labels = (*x.labels[:start], ROWS, *x.labels[end:])
+    return Labelled(merged, labels), rows, (*out[:place], ROWS, *out[out_end:])
 
 
 def through(
@@ -159,21 +216,16 @@ def through(
     out_labels: Sequence[Label],
     precision: Any,
 ) -> jax.Array:
-    """Σ x · s·a·b over the labels that the output does not have, in x's dtype and the output's order."""
-    a, b = factors(weight, labels, x.array.dtype)
-    size = dict(zip(labels, weight.w.shape, strict=True))
-    keep = set(out_labels)
+    """The branch x·a·s·b of a product whose base, without unit axes, is `out`.
 
-    def summed(factor: Labelled) -> int:
-        return math.prod(size[s] for s in factor.labels if s in x.labels and s not in keep and s != RANK)
-
-    # The factor that sums more of x goes first, and leaves the smaller intermediate.
-    first, second = (a, b) if summed(a) >= summed(b) else (b, a)
+    Products are flattened to matrices since XLA's CPU backend runs the gradient of a product over
+    several axes with a transposition of the whole operand. Other backends have no need of it, and
+    where an inner axis may be sharded merging it into another would gather it.
+    """
     specs = _specs(x, out, out_labels)
-    middle = contract(x, first, keep | set(second.labels), precision, specs)
-    product = contract(middle, second, keep, precision, specs)
-    order = [product.labels.index(label) for label in out_labels]
-    return product.array if order == sorted(order) else lax.transpose(product.array, order)
+    flatten = specs is None and jax.default_backend() == "cpu"
+    plan = _Plan(x.labels, *factor_labels(weight, labels), tuple(out_labels), precision, specs, flatten)
+    return _branch(plan, x.array, weight.a, weight.b, weight.scale)
 
 
 def _plain_precision(precision: Any, swap: bool) -> Any:
@@ -295,7 +347,8 @@ def gather(
     if {"in", "out"} <= remaining:
         return _selected_weights(context, weight, base, act, looked_up, kinds, stays, out_labels, n_index)
 
-    picked = per_axis(weight, base, act)
+    # The scale's axes are those of the batch, which the index axes come before, so b takes it first.
+    picked = per_axis(weight.replace(b=scaled(weight.b, weight.scale)), base, act)
     dtype = wide_dtype(picked.a.dtype, picked.b.dtype, base.dtype)
     index_labels = [("index", n) for n in range(n_index)]
 
@@ -307,17 +360,14 @@ def gather(
         tail = [*batch, *own, RANK] if rank_last else [*batch, RANK, *own]
         return Labelled(_as(factor, dtype), (*(index_labels if touched else ()), *tail))
 
-    scale = picked.scale
     a, b = label(picked.a, "in", True), label(picked.b, "out", False)
-    s = _as(scale, dtype)
-    scaled = lax.mul(a.array, lax.broadcast_in_dim(s, a.array.shape, range(s.ndim)))
     units = [
         place
         for place, name in enumerate(out_labels)
         if isinstance(name, tuple) and name[0] == "w" and weight.axes[name[1]] == "unit"
     ]
     kept = [name for place, name in enumerate(out_labels) if place not in units]
-    product = contract(Labelled(scaled, a.labels), b, set(kept), None, None)
+    product = contract(a, b, set(kept), None)
     order = [product.labels.index(name) for name in kept]
     branch = product.array if order == sorted(order) else lax.transpose(product.array, order)
     return add_branch(context, base, lax.expand_dims(branch, units) if units else branch)
@@ -386,7 +436,9 @@ def conv(context: Context, lhs: Any, rhs: Any, **params: Any) -> Any:
     dtype = wide_dtype(lhs.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
     x = dropped(context, _as(lhs, dtype), weight.dropout)
     labels = list(range(len(weight.axes)))
-    a, b = factors(weight, labels, dtype)
+    a_labels, b_labels = factor_labels(weight, labels)
+    a = Labelled(_as(weight.a, dtype), a_labels)
+    b = Labelled(scaled(_as(weight.b, dtype), weight.scale), b_labels)
     first, second = (a, b) if in_axis in a.labels else (b, a)
     plain = {k: params[k] for k in ("dimension_numbers", "precision")}
     plain["precision"] = _plain_precision(params["precision"], swap=False)
