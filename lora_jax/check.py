@@ -57,7 +57,8 @@ class MergeReport:
         width = max(len("path"), *(len(leaf.path) for leaf in self.leaves))
         lines = [f"{'path':<{width}}  {'dtype':<9} {'rms ΔW/W':>9} {'ΔW lost':>8} {'unmoved':>8}"]
         lines += [
-            f"{x.path:<{width}}  {x.dtype:<9} {x.size:>9.2g} {x.lost:>8.2%} {x.unmoved:>8.2%}" for x in self.leaves
+            f"{x.path:<{width}}  {x.dtype:<9} {x.size:>9.2g} {x.lost:>8.2%} {x.unmoved:>8.2%}"
+            for x in self.leaves
         ]
         lines.append(f"largest output difference {self.difference:.3g} (largest output {self.scale:.3g})")
         if self.agreement is not None:

@@ -8,7 +8,10 @@ module; this file only finds it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from lora_jax.tree import leaves_with_path
 
 
 def is_graph_node(node: Any) -> bool:
@@ -17,12 +20,43 @@ def is_graph_node(node: Any) -> bool:
     return nnx is not None and isinstance(node, (nnx.Pytree, nnx.Variable))
 
 
-def split(nodes: tuple[Any, ...]) -> tuple[Any, Any]:
-    """`nnx.split` of several graph nodes at once, so that what they share is one leaf."""
+def is_module(node: Any) -> bool:
+    """Whether a tree, or a node of it, is an NNX module or another graph node that holds Variables."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Pytree)
+
+
+def is_split(tree: Any) -> bool:
+    """Whether a tree is what `split` gives: a graphdef and a state."""
+    nnx = sys.modules.get("flax.nnx")
+    pair = isinstance(tree, tuple) and len(tree) == 2
+    return pair and nnx is not None and isinstance(tree[0], nnx.GraphDef)
+
+
+def opened(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree whose leaves are each there once, and the function that closes it again.
+
+    Raises:
+        TypeError: a module stands inside another container.
+    """
+    if is_module(tree):
+        graphdef, state = split(tree)
+        return state, lambda new: merge(graphdef, new)
+    for path, node in leaves_with_path(tree, is_leaf=is_module):
+        if is_module(node):
+            raise TypeError(
+                f"an nnx.{type(node).__name__} stands inside another container, at {path!r}. Give the "
+                "module itself, or nnx.state(module): a tree map would untie its shared Variables."
+            )
+    return tree, lambda new: new
+
+
+def split(nodes: Any) -> tuple[Any, Any]:
+    """`nnx.split` of a module, or of several graph nodes at once, so that what they share is one leaf."""
     return sys.modules["flax.nnx"].split(nodes)
 
 
-def merge(graphdef: Any, state: Any) -> tuple[Any, ...]:
+def merge(graphdef: Any, state: Any) -> Any:
     """The graph nodes anew, from what `split` gave."""
     return sys.modules["flax.nnx"].merge(graphdef, state)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,39 +14,12 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from lora_jax import initializers
+from lora_jax import initializers, nnx
 from lora_jax import targets as targets_lib
 from lora_jax.tree import leaves_with_path, map_with_path, structure_difference
 from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, sizes, wide_dtype
 
 Leaf = LoraWeight | FullWeight
-
-
-# --- Modules --------------------------------------------------------------------------------------
-
-
-def _is_module(tree: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(tree, nnx.Pytree)
-
-
-def _open(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree whose leaves are each there once, and the function that closes it again.
-
-    A bare tree map over an NNX module visits a shared Variable twice.
-    """
-    if _is_module(tree):
-        nnx = sys.modules["flax.nnx"]
-        graphdef, state = nnx.split(tree)
-        return state, lambda new: nnx.merge(graphdef, new)
-    if sys.modules.get("flax.nnx") is not None:
-        for path, node in leaves_with_path(tree, is_leaf=_is_module):
-            if _is_module(node):
-                raise TypeError(
-                    f"an nnx.{type(node).__name__} stands inside another container, at {path!r}. Give the "
-                    "module itself, or nnx.state(module): a tree map would untie its shared Variables."
-                )
-    return tree, lambda new: new
 
 
 def _is_hole(node: Any) -> bool:
@@ -132,7 +104,7 @@ def wrap(
     >>> wrapped["mlp"]["kernel"].w is params["mlp"]["kernel"]
     True
     """
-    tree, close = _open(params)
+    tree, close = nnx.opened(params)
     found, full = targets_lib.resolve(
         tree,
         rank,
@@ -218,7 +190,7 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
     >>> merge(wrapped)["kernel"].tolist()
     [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0], [12.0, 15.0, 18.0]]
     """
-    tree, close = _open(wrapped)
+    tree, close = nnx.opened(wrapped)
     _require_wrapped(tree, "merge")
     checks: dict[str, Any] = {}
 
@@ -289,11 +261,11 @@ def partition(wrapped: Any) -> tuple[Any, Any]:
     >>> [x.shape for x in jax.tree.leaves(trainable)], [x.shape for x in jax.tree.leaves(frozen)]
     ([(8, 2), (2, 4)], [(4,), (8, 4), ()])
     """
-    if _is_module(wrapped):
-        graphdef, state = sys.modules["flax.nnx"].split(wrapped)
+    if nnx.is_module(wrapped):
+        graphdef, state = nnx.split(wrapped)
         trainable, frozen = partition(state)
         return trainable, (graphdef, frozen)
-    tree, _ = _open(wrapped)
+    tree, _ = nnx.opened(wrapped)
     _require_wrapped(tree, "partition")
     trainable = jax.tree.map(_trainable_part, tree, is_leaf=is_wrapped_leaf)
     frozen = jax.tree.map(_frozen_part, tree, is_leaf=is_wrapped_leaf)
@@ -330,9 +302,9 @@ def combine(trainable: Any, frozen: Any) -> Any:
     >>> again["mlp"]["kernel"].w is wrapped["mlp"]["kernel"].w
     True
     """
-    if _is_split(frozen):
+    if nnx.is_split(frozen):
         graphdef, state = frozen
-        return sys.modules["flax.nnx"].merge(graphdef, combine(trainable, state))
+        return nnx.merge(graphdef, combine(trainable, state))
     ours, structure = jax.tree.flatten(trainable, is_leaf=_is_hole)
     theirs, other = jax.tree.flatten(frozen, is_leaf=_is_hole)
     if structure != other:
@@ -344,16 +316,6 @@ def combine(trainable: Any, frozen: Any) -> Any:
     for path, a, b in zip(_hole_paths(frozen), ours, theirs, strict=True):
         _check_halves(path, a, b)
     return structure.unflatten([_joined(a, b) for a, b in zip(ours, theirs, strict=True)])
-
-
-def _is_split(frozen: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return (
-        nnx is not None
-        and isinstance(frozen, tuple)
-        and len(frozen) == 2
-        and isinstance(frozen[0], nnx.GraphDef)
-    )
 
 
 def _hole_paths(tree: Any) -> list[str]:
@@ -413,64 +375,6 @@ def labels(trainable: Any) -> Any:
     return jax.tree.map(leaf, trainable, is_leaf=is_wrapped_leaf)
 
 
-def trainable_only(tx: Any) -> Any:
-    """An optax transformation for whole wrapped trees, which trains what `partition` would.
-
-    Optimizer state exists for the trainable part alone. The updates of frozen leaves are zeros of
-    the sign that leaves every bit of a float where it is (x + -0.0 is x, and 0.0 + -0.0 is 0.0), so
-    `optax.apply_updates` keeps them bit-identical, which `optax.masked` does not: it lets the raw
-    gradients of masked leaves through. For frozen leaves that are no numbers, such as a random key,
-    the update is None; use `partition` where a tree has them.
-
-    Args:
-        tx: An `optax.GradientTransformation`.
-
-    Returns:
-        A `GradientTransformationExtraArgs` over trees of a wrapped tree's structure.
-
-    Raises:
-        ValueError: the parameters are not given to `update`, or no leaf is wrapped.
-
-    >>> import optax
-    >>> params = wrap({"kernel": jnp.ones((8, 4))}, rank=2)
-    >>> tx = trainable_only(optax.sgd(0.1))
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> new = optax.apply_updates(params, updates)["kernel"]
-    >>> bool((new.w == 1).all()), bool((new.b == 0).any())
-    (True, False)
-    """
-    import optax
-
-    inner = optax.with_extra_args_support(tx)
-
-    def init(params: Any) -> Any:
-        return inner.init(_whole(params)[0])
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError("trainable_only needs the parameters: write tx.update(grads, state, params).")
-        trainable, frozen = _whole(params)
-        grads = jax.tree.map(_trainable_part, updates, is_leaf=is_wrapped_leaf)
-        new, state = inner.update(grads, state, trainable, **extra)
-        return combine(new, jax.tree.map(_no_update, frozen)), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _whole(params: Any) -> tuple[Any, Any]:
-    if _is_module(params):
-        raise TypeError("trainable_only works on trees: give it nnx.state(module), or use partition(module).")
-    return partition(params)
-
-
-def _no_update(leaf: Any) -> Any:
-    if targets_lib.is_floating(leaf):
-        return jnp.full_like(leaf, -0.0)
-    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return jnp.zeros_like(leaf)
-    return None
-
-
 # --- The adapter ----------------------------------------------------------------------------------
 
 
@@ -514,7 +418,7 @@ def adapter(wrapped: Any) -> Adapter:
 
 
 def _taken(wrapped: Any) -> Adapter:
-    tree, _ = _open(wrapped)
+    tree, _ = nnx.opened(wrapped)
     leaves = _adapter_leaves(tree)
     marks = fingerprint(tree)
     base = {
@@ -529,7 +433,7 @@ def _adapter_leaves(given: Any) -> dict[str, Leaf]:
     """The trained leaves of an `Adapter` or of a wrapped tree."""
     if isinstance(given, Adapter):
         return given.leaves
-    tree, _ = _open(given)
+    tree, _ = nnx.opened(given)
     _require_wrapped(tree, "adapter")
     found: dict[str, Leaf] = {}
     for path, leaf in _wrapped_items(tree).items():
@@ -561,7 +465,7 @@ def attach(params: Any, adapter: Any, check: bool = True) -> Any:
     >>> again["mlp"]["kernel"].rank
     2
     """
-    tree, close = _open(params)
+    tree, close = nnx.opened(params)
     leaves = _adapter_leaves(adapter)
     already = list(_wrapped_items(tree))
     if already:
@@ -659,7 +563,7 @@ def swap(wrapped: Any, adapter: Any) -> Any:
     >>> both["kernel"].w is first["kernel"].w, float(both["kernel"].scale)
     (True, 2.0)
     """
-    tree, close = _open(wrapped)
+    tree, close = nnx.opened(wrapped)
     _require_wrapped(tree, "swap")
     mine, theirs = _wrapped_items(tree), _adapter_leaves(adapter)
     lines = [f"{path}: only in the wrapped tree" for path in mine if path not in theirs]
@@ -714,7 +618,7 @@ def unmerge(params: Any, adapter: Any) -> Any:
     >>> unmerge(merge(wrapped), wrapped)["kernel"].w.tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
-    tree, close = _open(attach(params, Adapter(_adapter_leaves(adapter)), check=False))
+    tree, close = nnx.opened(attach(params, Adapter(_adapter_leaves(adapter)), check=False))
 
     def leaf(node: Any) -> Any:
         if not isinstance(node, LoraWeight):
@@ -752,7 +656,7 @@ def fingerprint(tree: Any) -> dict[str, int]:
     >>> fingerprint({"w": first}) == fingerprint({"w": second})
     False
     """
-    tree, _ = _open(tree)
+    tree, _ = nnx.opened(tree)
     found: dict[str, Any] = {}
     for path, leaf in _items(tree):
         value = leaf.w if isinstance(leaf, LoraWeight) else leaf
@@ -898,7 +802,7 @@ def summary(wrapped: Any) -> Summary:
     mlp/kernel  1000x1000  in out     5     10,000  1,000,000  1.00%  adapted
     total                                   10,000  1,000,000  1.00%
     """
-    tree, _ = _open(wrapped)
+    tree, _ = nnx.opened(wrapped)
     _require_wrapped(tree, "summary")
     rows, total = [], 0
     for path, leaf in _items(tree):

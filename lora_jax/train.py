@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -283,7 +282,7 @@ def _accumulated(
         return (jax.tree.map(jnp.add, sums, grads), new), (loss, aux)
 
     mutated: dict[str, Any] = {}
-    if _is_split(frozen):
+    if nnx.is_split(frozen):
         # Which leaves the carry holds is known only from a trace.
         shapes = jax.eval_shape(lambda: objective(trainable, frozen, microbatch(0), key))
         leaves = jax.tree.leaves(frozen)
@@ -368,7 +367,7 @@ def _placed_with(state: TrainState, others: Any) -> TrainState:
     changing = (state.trainable, state.opt_state, state.step, state.key)
     trainable, opt_state, step, key = jax.tree.map(place, changing)
     frozen = state.frozen
-    if len(where.device_set) > 1 or _is_split(frozen):
+    if len(where.device_set) > 1 or nnx.is_split(frozen):
         # Else every step would send the base anew; and a module's statistics come back placed.
         frozen = jax.tree.map(place, frozen)
     return TrainState(trainable, frozen, opt_state, step, key)
@@ -377,14 +376,6 @@ def _placed_with(state: TrainState, others: Any) -> TrainState:
 def _is_placed(x: Any) -> bool | None:
     """Whether an array is bound to its devices; None for what is no concrete array."""
     return x.committed if isinstance(x, jax.Array) and not isinstance(x, Tracer) else None
-
-
-def _is_split(frozen: Any) -> bool:
-    """Whether the frozen half is that of an nnx module: a graphdef and a state."""
-    flax_nnx = sys.modules.get("flax.nnx")
-    if flax_nnx is None or not isinstance(frozen, tuple) or len(frozen) != 2:
-        return False
-    return isinstance(frozen[0], flax_nnx.GraphDef)
 
 
 @jax.tree_util.register_static

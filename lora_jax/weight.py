@@ -43,6 +43,10 @@ class _Node:
             raise _NotUnderLoraAttributeError(self._refusal())
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __str__(self) -> str:
+        # jax puts this into its own error where a lax function is given the node.
+        return f"{self!r}: call the model through lora_jax.lora(fn)"
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; nothing is validated, so holes and tracers pass."""
         new = object.__new__(type(self))

@@ -10,7 +10,7 @@ import lora_jax
 ROOT = pathlib.Path(lora_jax.__file__).parent
 ALLOWED = {
     "tree": set(),
-    "nnx": set(),
+    "nnx": {"tree"},
     "weight": set(),
     "targets": {"tree", "weight"},
     "initializers": {"weight", "targets"},
@@ -30,7 +30,7 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

@@ -13,6 +13,7 @@ from cases import CASES
 from jax.extend.core import Literal
 
 import lora_jax
+from lora_jax.rules.control import _scan_parts
 from lora_jax.weight import LoraWeight, is_wrapped_leaf
 
 DATA = "data"
@@ -35,6 +36,15 @@ def inner_jaxprs(eqn):
                 yield one
 
 
+def carried(eqn):
+    """Where a loop's carry begins among its body's inputs, and how long it is."""
+    if eqn.primitive.name == "scan":
+        return _scan_parts(eqn.params)
+    if eqn.primitive.name == "while":
+        return eqn.params["body_nconsts"], len(eqn.outvars)
+    return 0, 0
+
+
 def check(jaxpr, marks, found):
     """Follow the marks through a jaxpr, note the values that are too large, give the outputs' marks."""
     env = dict(zip(jaxpr.invars, marks, strict=True))
@@ -54,14 +64,12 @@ def check(jaxpr, marks, found):
                 share = math.prod(outer.aval.shape) // max(1, math.prod(var.aval.shape))
                 for k in mark:
                     mark[k] = mark[k] / max(1, share)
+            outs = []
             for _ in range(2):  # once more with what the carries have picked up
                 outs = check(inner, inner_marks, found)
-                if eqn.primitive.name in ("scan", "while"):
-                    carried = merge_marks(outs)
-                    inner_marks = [
-                        merge_marks([m, {k: s for k, s in carried.items() if m and k != DATA}])
-                        for m in inner_marks
-                    ]
+                start, count = carried(eqn)
+                for i in range(count):
+                    inner_marks[start + i] = merge_marks([inner_marks[start + i], outs[i]])
             results.append(outs)
         for i, v in enumerate(eqn.outvars):
             # What comes out of an inner jaxpr depends on what its own output does.

@@ -17,7 +17,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 def compilations():
     seen = []
 
-    def listen(event, duration, **kwargs):
+    def listen(event, duration_secs, **kwargs):
         if event == COMPILED:
             seen.append(kwargs)
 

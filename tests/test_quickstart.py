@@ -1,4 +1,4 @@
-"""The quickstart, run as a user runs it, in a folder of its own, with a small model and very little training."""
+"""The quickstart as a user runs it, in a folder of its own, with a small model and little training."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.quickstart import main
+
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = "--seeds 2 --steps 2 --pretraining-steps 60 --shots 2 --rank 2 --ranks 1".split()
 
@@ -20,21 +22,17 @@ SHALLOW = (
 )
 
 
-def quickstart(folder, *command):
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, "-W", "error", *command],
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SHALLOW, *ARGUMENTS],
         cwd=folder,
         env=kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart")
-    process = quickstart(folder, "-c", SHALLOW, *ARGUMENTS)
     assert process.returncode == 0, process.stderr[-3000:]
     return folder / "quickstart_out", process
 
@@ -114,9 +112,12 @@ def test_the_figure_is_a_picture_with_something_in_it(done):
         (["--rank", "0"], "--rank: write a whole number, at least 1"),
     ],
 )
-def test_a_wrong_argument_is_refused_before_any_training(tmp_path, arguments, message):
+def test_a_wrong_argument_is_refused_before_any_training(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "file").touch()
-    process = quickstart(tmp_path, "-m", "experiments.quickstart", *arguments)
-    assert process.returncode == 2
-    assert message in " ".join(process.stderr.split())
-    assert " steps" not in process.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert " steps" not in error

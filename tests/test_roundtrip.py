@@ -24,7 +24,6 @@ from lora_jax.params import (
     partition,
     summary,
     swap,
-    trainable_only,
     unmerge,
     wrap,
 )
@@ -528,47 +527,6 @@ def test_fingerprint_is_one_number_on_every_version():
 
 
 @jax.numpy_dtype_promotion("standard")  # which optax's Adam needs
-def test_trainable_only_leaves_frozen_bits_where_they_are():
-    params = disturbed(wrap(plain(jnp.float32) | {"flag": jnp.array([True, False])}, 2, train="head"))
-    tx = trainable_only(optax.adamw(0.1, weight_decay=0.1))
-    state = tx.init(params)
-    moments = [x for x in jax.tree.leaves(state) if x.ndim]
-    assert len(moments) == 2 * len(jax.tree.leaves(partition(params)[0]))
-    grads = jax.tree.map(jnp.ones_like, params)
-    step = jax.jit(lambda p, s: tx.update(grads, s, p))
-    new: Any = params
-    for _ in range(3):
-        updates, state = step(new, state)
-        new = optax.apply_updates(new, updates)
-    assert_identical(partition(new)[1], partition(params)[1])
-    for one, other in zip(*(jax.tree.leaves(partition(p)[0]) for p in (new, params)), strict=True):
-        assert (one != other).all()
-
-
-@jax.numpy_dtype_promotion("standard")  # which optax's Adam needs
-def test_trainable_only_is_the_optimizer_on_the_trainable_part():
-    params = disturbed(wrap(plain(jnp.float32), 2, train="head"))
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
-    grads = jax.tree.map(jnp.ones_like, params)
-    trainable, _ = partition(params)
-    tx = trainable_only(inner)
-    ours, _ = tx.update(grads, tx.init(params), params)
-    theirs, _ = inner.update(partition(grads)[0], inner.init(trainable), trainable)
-    assert_identical(partition(ours)[0], theirs)
-    with pytest.raises(ValueError, match="needs the parameters"):
-        tx.update(grads, tx.init(params))
-    with pytest.raises(TypeError, match="nnx.state"):
-        trainable_only(inner).init(wrap(Net(jnp.float32), 2))
-
-
-def test_trainable_only_has_no_update_for_what_is_no_number():
-    state = wrap(nnx.split(Net(jnp.float32))[1], 2)
-    tx = trainable_only(optax.sgd(0.1))
-    updates = dict(leaves_with_path(tx.update(state, tx.init(state), state)[0], lambda x: x is None))
-    assert updates["dropout/rngs/key"] is None
-    assert int(updates["dropout/rngs/count"]) == 0
-
-
 def test_labels_part_an_optimizer():
     trainable, _ = partition(wrap(plain(jnp.float32), 2, train="head"))
     tx = optax.partition({"a": optax.sgd(1.0), "b": optax.sgd(2.0), "full": optax.set_to_zero()}, labels)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -19,7 +18,6 @@ from lora_jax.params import (
     partition,
     summary,
     swap,
-    trainable_only,
     wrap,
 )
 from lora_jax.weight import LoraWeight
@@ -200,8 +198,6 @@ def test_functions_of_wrapped_trees_refuse_plain_ones():
             call(PARAMS)
     with pytest.raises(ValueError, match="without any LoraWeight"):
         attach(PARAMS, PARAMS)
-    with pytest.raises(ValueError, match="without any LoraWeight"):
-        trainable_only(optax.sgd(1.0)).init(PARAMS)
 
 
 def test_combine_names_the_paths_that_differ():

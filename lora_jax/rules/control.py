@@ -175,7 +175,7 @@ def _products(jaxpr: Any) -> list[Any]:
 # Loops and branches
 
 
-def _scan_parts(params: dict[str, Any], count: int) -> tuple[int, int]:
+def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carries."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -188,7 +188,7 @@ def scan(
     context: Context, *operands: Any, jaxpr: Any, length: int, reverse: bool, unroll: Any, **params: Any
 ) -> Any:
     """The body sees a weight without its first axis, which must be a batch axis; ys put it back."""
-    n_consts, n_carry = _scan_parts(params, len(operands))
+    n_consts, n_carry = _scan_parts(params)
     consts = list(operands[:n_consts])
     carry = list(operands[n_consts : n_consts + n_carry])
     xs = list(operands[n_consts + n_carry :])

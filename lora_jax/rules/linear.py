@@ -125,8 +125,8 @@ def _sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
 def add_branch(context: Context, base: jax.Array, branch: jax.Array) -> jax.Array:
     """Base + branch, added in the branch's dtype and rounded once to the base's."""
     total = _as(lax.add(_as(base, branch.dtype), branch), base.dtype)
-    aval = context.eqn.outvars[0].aval
-    if getattr(aval, "weak_type", False):
+    aval: Any = context.eqn.outvars[0].aval
+    if aval.weak_type:
         total = p.convert_element_type_p.bind(total, new_dtype=aval.dtype, weak_type=True, sharding=None)
     return total
 

@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.weight import AxisKind, LoraWeight, wide_dtype
+from lora_jax.weight import AxisKind, LoraWeight, sizes, wide_dtype
 
 
 def _only(context: Context, operands: Sequence[Any]) -> LoraWeight:
@@ -51,7 +51,7 @@ def per_axis(
 def cast(context: Context, *operands: Any, **params: Any) -> LoraWeight:
     """The base is rounded as the model says; the factors keep their precision."""
     weight = _only(context, operands)
-    out = context.eqn.outvars[0].aval
+    out: Any = context.eqn.outvars[0].aval
     if not jax.numpy.issubdtype(out.dtype, jax.numpy.inexact):
         raise context.refuse(operands, f"it is converted to {out.dtype}, which is not a floating dtype")
     return weight.replace(w=_base(context, weight))
@@ -198,17 +198,13 @@ def reshape(context: Context, *operands: Any, new_sizes: Sequence[int], **params
             raise context.refuse(
                 operands, f"reshaping {weight.w.shape} to {tuple(new_sizes)} merges {merged} axes"
             )
-        kind = kinds.pop() if kinds else "unit"
+        kind: AxisKind = kinds.pop() if kinds else "unit"
         axes += [kind if new_sizes[i] != 1 else "unit" for i in new]
-    by_kind = {
-        kind: tuple(n for n, k in zip(new_sizes, axes, strict=True) if k == kind)
-        for kind in ("batch", "in", "out")
-    }
-    batch, rank = by_kind["batch"], (weight.rank,)
+    batch, inner, outer = sizes(tuple(new_sizes), tuple(axes))
     return weight.replace(
         w=_base(context, weight),
-        a=lax.reshape(weight.a, (*batch, *by_kind["in"], *rank)),
-        b=lax.reshape(weight.b, (*batch, *rank, *by_kind["out"])),
+        a=lax.reshape(weight.a, (*batch, *inner, weight.rank)),
+        b=lax.reshape(weight.b, (*batch, weight.rank, *outer)),
         scale=lax.reshape(weight.scale, batch),
         axes=tuple(axes),
     )
