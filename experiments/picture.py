@@ -52,5 +52,7 @@ def draw(path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", default=pathlib.Path(__file__).with_name("lora.png"), type=pathlib.Path)
+    parser.add_argument(
+        "file", nargs="?", default=pathlib.Path(__file__).with_name("lora.png"), type=pathlib.Path
+    )
     draw(parser.parse_args().file)

@@ -192,14 +192,14 @@ def reshape(context: Context, *operands: Any, new_sizes: Sequence[int], **params
         raise context.refuse(operands, "a reshape that also transposes")
     axes: list[AxisKind] = []
     for old, new in reshape_groups(weight.w.shape, new_sizes):
-        kinds = {weight.axes[i] for i in old if weight.w.shape[i] != 1}
+        kinds: set[AxisKind] = {weight.axes[i] for i in old if weight.w.shape[i] != 1}
         if len(kinds) > 1:
             merged = " and ".join(f"{weight.axes[i]!r}" for i in old)
             raise context.refuse(
                 operands, f"reshaping {weight.w.shape} to {tuple(new_sizes)} merges {merged} axes"
             )
-        kind: AxisKind = kinds.pop() if kinds else "unit"
-        axes += [kind if new_sizes[i] != 1 else "unit" for i in new]
+        for i in new:
+            axes.append("unit" if new_sizes[i] == 1 else next(iter(kinds)))
     batch, inner, outer = sizes(tuple(new_sizes), tuple(axes))
     return weight.replace(
         w=_base(context, weight),
