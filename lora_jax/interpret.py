@@ -20,7 +20,7 @@ from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Primitive
 
 from lora_jax import nnx
-from lora_jax.tree import Pattern, matches, nearest
+from lora_jax.tree import Pattern, literal, matches, nearest
 from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf
 
 P = ParamSpec("P")
@@ -41,16 +41,21 @@ class RefusedError(NotImplementedError):
         self.paths = tuple(dict.fromkeys(paths))
         self.primitive, self.where, self.why = primitive, where, why
         named = ", ".join(repr(path) for path in self.paths)
-        pattern = "|".join(self.paths)
+        at = f" at {where}" if where else ""
+        # Where a weight leaves a branch, a loop or the function itself there is no rule to register.
+        rule = "" if primitive in _NO_RULE else "register a rule for it with @lora_jax.register, or "
         super().__init__(
-            f"{named}: `{primitive}` at {where} has no low-rank form: {why}. Either register a rule "
-            f"for the primitive with @lora_jax.register, or permit the dense weight by name: "
-            f"lora_jax.lora(fn, densify={pattern!r})."
+            f"{named}: `{primitive}`{at} has no low-rank form: {why}. To go on, {rule}permit the dense "
+            f"weight by name: lora_jax.lora(fn, densify={'|'.join(map(literal, self.paths))!r})."
         )
 
-    def renamed(self, names: dict[str, str]) -> RefusedError:
-        """The same error with its paths replaced."""
-        return RefusedError([names.get(p, p) for p in self.paths], self.primitive, self.where, self.why)
+    def located(self, names: dict[str, str], where: str) -> RefusedError:
+        """The same error with its paths replaced, and a place if it has none yet."""
+        paths = [names.get(path, path) for path in self.paths]
+        return RefusedError(paths, self.primitive, self.where or where, self.why)
+
+
+_NO_RULE = ("return", "cond", "scan", "while")
 
 
 class Context(NamedTuple):
@@ -69,8 +74,12 @@ class Context(NamedTuple):
     def refuse(self, weights: Sequence[Any], why: str) -> RefusedError:
         """The error to raise: it names the weights' paths, the primitive and the model's line."""
         paths = [w.path for w in weights if isinstance(w, LoraWeight)]
-        where = source_info_util.summarize(self.eqn.source_info)
-        return RefusedError(paths, self.eqn.primitive.name, where, why)
+        return RefusedError(paths, self.eqn.primitive.name, self.where, why)
+
+    @property
+    def where(self) -> str:
+        """The line of the model's source; empty for an equation that a library function wrote."""
+        return source_info_util.summarize(self.eqn.source_info)
 
 
 Rule = Callable[..., Any]
@@ -241,9 +250,7 @@ def _output(value: Any, permitted: frozenset[str]) -> Any:
         return value
     if value.path in permitted:
         return value.dense()
-    raise RefusedError(
-        [value.path], "return", "the end of the function", "the function returns the weight itself"
-    )
+    raise RefusedError([value.path], "return", "the function's end", "the function returns the weight itself")
 
 
 @dataclasses.dataclass

@@ -120,6 +120,8 @@ def wrap(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}; a and b need a floating dtype, such as jnp.float32.")
     key = jax.random.key(0) if key is None else key
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key is {key!r}; write key=jax.random.key({key if isinstance(key, int) else 0}).")
     in_full = frozenset(full)
 
     def leaf(path: str, value: Any) -> Any:

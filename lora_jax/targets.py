@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from lora_jax.tree import Pattern, compile_pattern, leaves_with_path, matches, nearest
+from lora_jax.tree import Pattern, compile_pattern, leaves_with_path, literal, matches, nearest
 from lora_jax.weight import AxisKind, check_axes, is_wrapped_leaf
 
 Shape = tuple[int, ...]
@@ -600,7 +600,7 @@ def resolve(
     if overlap:
         raise ValueError(
             f"{_some(overlap)} would be both adapted and trained in full: write "
-            f"exclude={_pattern(overlap[0])!r} to train in full alone, or take the path out of train."
+            f"exclude={literal(overlap[0])!r} to train in full alone, or take the path out of train."
         )
     reader = _Reader(leaves)
     kinds: dict[str, Axes] = {}
@@ -728,7 +728,7 @@ def _default_targets(leaves: Sequence[_Leaf], given: Mapping[str, Axes], head: b
             )
         shown = [f"{leaf.path} {tuple(leaf.value.shape)}" for leaf in leaves if leaf.matrix]
         raise ValueError(
-            "no linear kernel is recognised in this tree. Name what to adapt and say what its axes are: "
+            "no linear kernel is recognised here that exclude leaves. Name what to adapt and say what its axes are: "
             "wrap(params, rank, targets='...', axes={'...': ('in', 'out')}). Floating leaves of two or more "
             f"dimensions: {_some(shown) if shown else 'none'}."
         )
@@ -764,27 +764,27 @@ def _refusal(leaf: _Leaf) -> str:
     where = f"{leaf.path!r}"
     if not hasattr(leaf.value, "dtype"):
         kind = type(leaf.value).__name__
-        return f"{where} is a {kind}, not an array; exclude={_pattern(leaf.path)!r} leaves it out."
+        return f"{where} is a {kind}, not an array; exclude={literal(leaf.path)!r} leaves it out."
     if not leaf.floating:
         return (
             f"{where} has dtype {leaf.value.dtype}; only floating leaves can be adapted. Write "
-            f"exclude={_pattern(leaf.path)!r}, or name other targets."
+            f"exclude={literal(leaf.path)!r}, or name other targets."
         )
     if leaf.outside:
         return f"{where} is {leaf.outside}, so it is not adapted. Name the parameters alone."
     if len(leaf.value.shape) < 2:
         return (
             f"{where} has shape {tuple(leaf.value.shape)}; an update of low rank needs two axes. Write "
-            f"train={_pattern(leaf.path)!r} to train it in full."
+            f"train={literal(leaf.path)!r} to train it in full."
         )
     if leaf.role in ("bias", "norm"):
         return (
-            f"{where} is a {leaf.role}, not a linear kernel. Write train={_pattern(leaf.path)!r} to train "
-            f"it in full, or state its axes: axes={{{_pattern(leaf.path)!r}: {_example(leaf)}}}."
+            f"{where} is a {leaf.role}, not a linear kernel. Write train={literal(leaf.path)!r} to train "
+            f"it in full, or state its axes: axes={{{literal(leaf.path)!r}: {_example(leaf)}}}."
         )
     return (
         f"the pattern names a module above {where}, which is no linear kernel by its name. Name it itself: "
-        f"targets={_pattern(leaf.path)!r}."
+        f"targets={literal(leaf.path)!r}."
     )
 
 
@@ -793,11 +793,11 @@ def _known_axes(reader: _Reader, leaf: _Leaf) -> Axes:
     if len(found) == 1:
         return found[0]
     shape = tuple(leaf.value.shape)
-    line = f"wrap(..., axes={{{_pattern(leaf.path)!r}: {_example(leaf, found)}}})"
+    line = f"wrap(..., axes={{{literal(leaf.path)!r}: {_example(leaf, found)}}})"
     last = (
         f"Say what each axis is: {line}, with 'in' for what the input is contracted over, 'out' for what "
         "the layer gives, 'batch' for stacked layers or experts. Or leave the leaf out: "
-        f"exclude={_pattern(leaf.path)!r}."
+        f"exclude={literal(leaf.path)!r}."
     )
     if found:
         shown = " or ".join(map(str, found[:4])) + (f" or {len(found) - 4} others" if len(found) > 4 else "")
@@ -881,6 +881,8 @@ def _values(name: str, spec: Any, chosen: Mapping[str, _Leaf], callables: bool =
     """The value of an option for every target: the same, by pattern, or by a function."""
     if isinstance(spec, Mapping):
         found = {}
+        if not spec:
+            raise ValueError(f"{name} is an empty dict; write a value, or {{pattern: value}}.")
         for pattern in spec:
             if not any(matches(pattern, path, leaf.value) for path, leaf in chosen.items()):
                 raise ValueError(
@@ -894,7 +896,7 @@ def _values(name: str, spec: Any, chosen: Mapping[str, _Leaf], callables: bool =
                 example = next(iter(spec.values()))
                 raise ValueError(
                     f"{name} has no pattern for the target {path!r}. Add a last one that matches everything, "
-                    f"{name}={{..., '.*': {example!r}}}, or leave the leaf out: exclude={_pattern(path)!r}."
+                    f"{name}={{..., '.*': {example!r}}}, or leave the leaf out: exclude={literal(path)!r}."
                 )
             found[path] = values[0]
         return found
@@ -907,7 +909,7 @@ def _checked_rank(path: str, rank: Any) -> int:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise ValueError(
             f"the rank of {path!r} is {rank!r}; write an integer of at least 1. To leave the leaf as it is, "
-            f"write exclude={_pattern(path)!r}."
+            f"write exclude={literal(path)!r}."
         )
     return int(rank)
 
@@ -922,11 +924,6 @@ def _checked_dropout(path: str, dropout: Any) -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, int | float | np.number) or not 0 <= dropout < 1:
         raise ValueError(f"dropout of {path!r} is {dropout!r}; write a rate in [0, 1).")
     return float(dropout)
-
-
-def _pattern(path: str) -> str:
-    """A pattern that matches a path, for the line an error shows."""
-    return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", path)
 
 
 def _some(items: Sequence[str], count: int = 5) -> str:

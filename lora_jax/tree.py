@@ -95,12 +95,22 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     False
     """
     try:
+        re.compile(pattern)  # alone first, for an error that counts positions from its own start
         return re.compile(rf"(?:^|(?<=/))(?:{pattern})(?=/|$)")
     except re.error as error:
         raise ValueError(
             f"{pattern!r} is not a regular expression: {error}. A pattern matches whole path "
             "segments, for instance 'query', 'attn/(q|v)' or 'layer_[0-3]/.*'."
         ) from None
+
+
+def literal(path: str) -> str:
+    """The pattern that matches a path to the letter, for the line that an error shows.
+
+    >>> bool(compile_pattern(literal("a+(b/kernel")).search("a+(b/kernel"))
+    True
+    """
+    return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", path)
 
 
 def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:

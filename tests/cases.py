@@ -414,6 +414,18 @@ def fused_sliced_before(p, x):
 
 
 @case({"w": ((4, 9), ("in", "out"))}, (2, 4))
+def fused_split_before(p, x):
+    q, k, v = jnp.split(p["w"], 3, axis=1)
+    return jnp.tanh(x @ q) * (x @ k) + x @ v
+
+
+@case({"v": MATRIX, "w": MATRIX}, (2, 4))
+def barrier(p, x):
+    v, w, x = lax.optimization_barrier((p["v"], p["w"], x))
+    return x @ v + x @ w
+
+
+@case({"w": ((4, 9), ("in", "out"))}, (2, 4))
 def fused_split_after(p, x):
     q, k, v = jnp.split(x @ p["w"], 3, axis=-1)
     return jnp.tanh(q) * k + v

@@ -17,11 +17,10 @@ from experiments.report import provenance
 HERE = Path(__file__).parent
 
 
-def rotate(names: Iterable[str], number: int) -> list[str]:
-    """The names in turn, each round starting one later, so that none always follows the same one."""
+def in_turn(names: Iterable[str], number: int) -> list[str]:
+    """The names in order, every second round backwards, so that none always follows the same one."""
     names = list(names)
-    start = number % len(names)
-    return [*names[start:], *names[:start]]
+    return names[::-1] if number % 2 else names
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -34,8 +33,8 @@ def paired(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str
     return spread(n / d for n, d in zip(numerator, denominator, strict=True))
 
 
-def requirement(name: str, value: float, limit: float) -> dict[str, Any]:
-    return {"name": name, "value": value, "limit": limit, "met": value <= limit}
+def requirement(name: str, value: float, limit: float | None) -> dict[str, Any]:
+    return {"name": name, "value": value, "limit": limit, "met": None if limit is None else value <= limit}
 
 
 def about_this_run(module: str) -> dict[str, Any]:
@@ -62,11 +61,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def requirements_table(requirements: Iterable[dict[str, Any]]) -> str:
-    rows = (
-        [r["name"], f"{r['value']:.3f}", f"{r['limit']:g}", "yes" if r["met"] else "**no**"]
-        for r in requirements
-    )
-    return table(["held to", "measured", "at most", "met"], rows)
+    def row(r: dict[str, Any]) -> list[str]:
+        limit = ["", ""] if r["limit"] is None else [f"{r['limit']:g}", "yes" if r["met"] else "**no**"]
+        return [r["name"], f"{r['value']:.3f}", *limit]
+
+    return table(["held to", "measured", "at most", "met"], map(row, requirements))
 
 
 def origin(result: dict[str, Any]) -> str:

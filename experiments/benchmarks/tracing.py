@@ -153,9 +153,9 @@ def main() -> None:
     }
     with tqdm(total=options.rounds * len(chosen) * len(ARMS), desc="tracing", unit="trace") as bar:
         for number in range(options.rounds):
-            for name in tables.rotate(list(chosen), number):
+            for name in tables.in_turn(chosen, number):
                 fresh, params = chosen[name]
-                for arm in tables.rotate(list(ARMS), number):
+                for arm in tables.in_turn(ARMS, number):
                     loss, args = ARMS[arm](fresh(), params, options)
                     compiles = number < options.compile_rounds
                     records[name][arm].append(stage_seconds(loss, (*args, tokens), compiles))

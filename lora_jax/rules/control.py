@@ -56,7 +56,7 @@ def _kept(
     try:
         out = _function(make, densify, *statics)(operands, key)
     except RefusedError as error:
-        raise error.renamed(names) from None
+        raise error.located(names, context.where) from None
     return _map_weights(lambda weight: weight.replace(path=names[weight.path]), out)
 
 
@@ -222,7 +222,7 @@ def _scanned(densify: Any, jaxpr: Any, length: int, reverse: bool, unroll: Any) 
                 raise RefusedError(
                     list(dict.fromkeys(w.path for w in weights)),
                     "scan",
-                    "the loop's carry",
+                    "",
                     "the carry is a weight on one side of a step and not the same on the other",
                 )
             return new_carry, _map_weights(lambda weight: weight.replace(axes=("batch", *weight.axes)), ys)
@@ -262,7 +262,7 @@ def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
                 raise RefusedError(
                     list(dict.fromkeys(w.path for w in weights)),
                     "while",
-                    "the loop's carry",
+                    "",
                     "the carry is a weight on one side of a step and not the same on the other",
                 )
             return count if key is None else lax.add(count, jnp.ones_like(count)), out
@@ -291,7 +291,7 @@ def _switched(densify: Any, branches: Sequence[Any]) -> Any:
                 raise RefusedError(
                     [w.path for w in weights],
                     "cond",
-                    "the end of a branch",
+                    "",
                     "a branch returns the weight itself",
                 )
             return [x.dense() if _is_weight(x) else x for x in out]

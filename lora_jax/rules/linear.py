@@ -95,6 +95,10 @@ def _flat_dot(
 
     left, left_axis, left_shape = matrix(x, free_x)
     right, right_axis, right_shape = matrix(y, free_y)
+    if right_axis == 0 and right.shape[1] < right.shape[0]:
+        # The gradient of a tall factor, xᵀ dt, is one of XLA's slow products on CPUs; that of its
+        # transpose, dtᵀ x, is not. The barrier keeps XLA from undoing the transposition.
+        right, right_axis = lax.optimization_barrier(lax.transpose(right, (1, 0))), 1
     dims = (((left_axis,), (right_axis,)), ((), ()))
     flat = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=left.dtype)
     shape = (*left_shape, *right_shape)

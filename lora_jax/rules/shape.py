@@ -123,6 +123,33 @@ def slice_(
     return per_axis(weight, w, act)
 
 
+@register(lax.split_p)
+def split(context: Context, *operands: Any, sizes: Sequence[int], axis: int) -> list[LoraWeight]:
+    """Each part is a slice, of the base and of the factor that holds the axis."""
+    weight = _only(context, operands)
+
+    def part(w: jax.Array, start: int) -> LoraWeight:
+        def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+            place = where(axis)
+            return (
+                factor
+                if place is None
+                else lax.slice_in_dim(factor, start, start + w.shape[axis], axis=place)
+            )
+
+        return per_axis(weight, w, act)
+
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [part(w, start) for w, start in zip(bind(context.eqn, [weight.w]), starts, strict=True)]
+
+
+@register(lax.optimization_barrier_p)
+def optimization_barrier(context: Context, *operands: Any) -> list[Any]:
+    """The base arrays pass the barrier together, with whatever else does."""
+    arrays = bind(context.eqn, [x.w if isinstance(x, LoraWeight) else x for x in operands])
+    return [x.replace(w=w) if isinstance(x, LoraWeight) else w for x, w in zip(operands, arrays, strict=True)]
+
+
 @register(p.dynamic_slice_p)
 def dynamic_slice(context: Context, *operands: Any, slice_sizes: Sequence[int]) -> LoraWeight:
     """As slice, from starts known at run time; both clamp a start in the same way."""
