@@ -729,7 +729,8 @@ def _default_targets(leaves: Sequence[_Leaf], given: Mapping[str, Axes], head: b
         shown = [f"{leaf.path} {tuple(leaf.value.shape)}" for leaf in leaves if leaf.matrix]
         raise ValueError(
             "no linear kernel is recognised here that exclude leaves. Name what to adapt and say what its "
-            "axes are: wrap(params, rank, targets='...', axes={'...': ('in', 'out')}). Floating leaves of two or more "
+            "axes are: wrap(params, rank, targets='...', axes={'...': ('in', 'out')}). Floating leaves of "
+            "two or more "
             f"dimensions: {_some(shown) if shown else 'none'}."
         )
     return found
