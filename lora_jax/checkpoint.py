@@ -97,13 +97,16 @@ def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_adapter(path: str | os.PathLike[str], params: Any) -> Any:
+def load_adapter(path: str | os.PathLike[str], params: Any, *, check: bool = True) -> Any:
     """Read an adapter and put it onto its base.
 
     Args:
         path: What `save_adapter` was given.
         params: The base: a tree of any kind with the paths, shapes and values that the adapter was
             trained on. On abstract leaves (`jax.ShapeDtypeStruct`) there are no values to compare.
+        check: Whether the base's dtypes and values must be those the adapter was trained on; paths and
+            shapes always must. Values are compared by a fingerprint of every leaf of two or more
+            dimensions, so another bias or norm passes.
 
     Returns:
         A wrapped tree of the structure of `params`. The factors are bit for bit those that were
@@ -122,7 +125,7 @@ def load_adapter(path: str | os.PathLike[str], params: Any) -> Any:
     FileNotFoundError: there is no adapter at '.../no/such/adapter'...
     """
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves_with_path(params))
-    return params_lib.attach(params, read_adapter(path), check=not abstract)
+    return params_lib.attach(params, read_adapter(path), check=check and not abstract)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:

@@ -221,7 +221,14 @@ def _operand(leaf: Any) -> Any:
                 f"the LoraWeight at {leaf.path!r} has holes: this tree is one half of partition(). "
                 "Write lora_jax.lora(fn)(lora_jax.combine(trainable, frozen), ...)."
             )
-        return leaf if isinstance(leaf.w, jax.Array) else leaf.replace(w=jnp.asarray(leaf.w))
+        w = leaf.w if isinstance(leaf.w, jax.Array) else jnp.asarray(leaf.w)
+        if w.ndim != len(leaf.axes):
+            raise ValueError(
+                f"the LoraWeight at {leaf.path!r} has a w of shape {w.shape} and axes {leaf.axes}: it was "
+                "stacked or mapped after it was made. For several adapters write "
+                "jax.vmap(lora_jax.lora(fn), in_axes=...), with lora inside; for layers, wrap the stack."
+            )
+        return leaf.replace(w=w)
     if isinstance(leaf, FullWeight):
         if leaf.value is None:
             raise ValueError(

@@ -56,7 +56,7 @@ class TrainState:
 
         Raises:
             ValueError: `wrapped` has nothing to train: it does not come from `wrap`.
-            TypeError: `key` is not a PRNG key.
+            TypeError: `key` is not a PRNG key, or `tx` no optax transformation.
 
         >>> import lora_jax
         >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
@@ -68,6 +68,8 @@ class TrainState:
             jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
         ):
             raise TypeError(f"key is {_show(key)}; write a PRNG key, for instance jax.random.key(0).")
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(f"tx is {_show(tx)}; write an optax transformation, such as optax.adamw(1e-4).")
         trainable, frozen = params_lib.partition(wrapped)
         trainable = jax.tree.map(_own, trainable)
         # A numpy array would travel to the device anew at every step.

@@ -138,3 +138,15 @@ def test_half_of_a_partition_is_an_error():
     for half in lora_jax.partition({"w": w}):
         with pytest.raises(ValueError, match="combine"):
             lora_jax.lora(lambda p, x: x @ p["w"])(half, X)
+
+
+def test_weights_stacked_after_they_were_made_are_an_error_that_says_where_vmap_belongs():
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), w)
+
+    def fn(w, x):
+        return x @ w
+
+    with pytest.raises(ValueError, match=r"layer/kernel.*jax\.vmap\(lora_jax\.lora\(fn\)"):
+        lora_jax.lora(jax.vmap(fn, in_axes=(0, None)))(stacked, X)
+    assert jax.vmap(lora_jax.lora(fn), in_axes=(0, None))(stacked, X).shape == (2, 2, 4)

@@ -447,7 +447,6 @@ PARAMS = {
         ("layer/mlp/kernel", ["layer/mlp/kernel"]),
         ("layer", [f"layer/attn/{name}/kernel" for name in "koqv"] + ["layer/mlp/kernel"]),
     ],
-    ids=str,
 )
 def test_patterns(targets, expected):
     assert list(axes(PARAMS, targets=targets)) == expected
