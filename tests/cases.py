@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -101,8 +102,10 @@ def randomised(tree: Any, dtype: Any, zero: bool) -> Any:
         if not isinstance(node, LoraWeight):
             return node.astype(dtype) if jnp.issubdtype(node.dtype, jnp.floating) else node
         factor = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        a, b = normal(node.path + "a", node.a.shape, factor), normal(node.path + "b", node.b.shape, factor)
-        b = jnp.zeros_like(b) if zero else b
+        # Of the size of trained factors: with larger ones the models' norms lose digits to cancellation.
+        fan_in = math.prod(sizes(node.w.shape, node.axes)[1])
+        a = normal(node.path + "a", node.a.shape, factor) / jnp.sqrt(jnp.asarray(fan_in, factor))
+        b = normal(node.path + "b", node.b.shape, factor) * jnp.asarray(0 if zero else 0.3, factor)
         return node.replace(w=node.w.astype(dtype), a=a, b=b)
 
     return jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf)
@@ -593,7 +596,7 @@ def gradient_inside(p, x):
 class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3)(nn.gelu(nn.Dense(8)(x)))
+        return nn.Dense(5)(nn.gelu(nn.Dense(8)(x)))
 
 
 class Attention(nn.Module):
@@ -654,10 +657,16 @@ HEADS = {"kernel": ("in", "out", "out")}
 linen("linen_einsum", nn.Einsum((4, 2, 3), "...d,dhk->...hk"), (2, 5, 4), axes=HEADS)
 
 
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, **_: Any) -> jax.Array:
+    """In the dtype it is given: that of flax takes the softmax in float32, in which no law holds to 1e-12."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+
+
 class NnxBlock(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(4, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, attention_fn=attention, rngs=rngs)
         self.up = nnx.Linear(4, 8, rngs=rngs)
         self.down = nnx.LinearGeneral((8,), (4,), rngs=rngs)
 

@@ -204,10 +204,12 @@ def as_text(result: dict[str, Any]) -> str:
         for stage in STAGES:
             cells += [f"{x[arm][stage]['median']:.2f}" if stage in x[arm] else "" for arm in ARMS]
         for ratio in ("trace_and_lower_over_bare", "compile_over_full"):
+            if ratio not in x:
+                cells.append("")
+                continue
+            of, processor = x[ratio], x[f"{ratio}_cpu"]
             cells.append(
-                f"{x[ratio]['median']:.2f} ({x[ratio]['min']:.2f} to {x[ratio]['max']:.2f})"
-                if ratio in x
-                else ""
+                f"{of['median']:.2f} ({of['min']:.2f} to {of['max']:.2f}); {processor['median']:.2f}"
             )
         return cells
 
