@@ -17,6 +17,9 @@ def optimized():
 
 
 DTYPES = [jnp.float32, jnp.bfloat16]
+# XLA fuses a bare look-up into the norm's sums, in other fused multiply-adds than those of a look-up with
+# a branch (on jax 0.10 across a barrier too): one unit in the last place. Unfused, the bits are the same.
+FUSED = {"linen_tied_embedding", "nnx_tied_embedding"}
 ROWS = [case for case in CASES if case.name != "cast"]  # which computes in float64 by its own doing
 
 
@@ -36,6 +39,8 @@ def test_types_are_those_of_the_bare_function(case, dtype):
 def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
     wrapped, inputs = case.wrapped(dtype, True), case.inputs(dtype)
     base = dense_tree(wrapped)
+    if case.name in FUSED:
+        jax.config.update("jax_disable_most_optimizations", True)
     for run in (lambda f: f, jax.jit):
         expected = run(case.fn)(base, *inputs)
         actual = run(lora_jax.lora(case.fn))(wrapped, *inputs)
