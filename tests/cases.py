@@ -655,16 +655,10 @@ HEADS = {"kernel": ("in", "out", "out")}
 linen("linen_einsum", nn.Einsum((4, 2, 3), "...d,dhk->...hk"), (2, 5, 4), axes=HEADS)
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, **_: Any) -> jax.Array:
-    """In the dtype it is given: that of flax takes the softmax in float32, in which no law holds to 1e-12."""
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
-
-
 class NnxBlock(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(4, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, attention_fn=attention, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
         self.up = nnx.Linear(4, 8, rngs=rngs)
         self.down = nnx.LinearGeneral((8,), (4,), rngs=rngs)
 

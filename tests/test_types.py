@@ -19,7 +19,7 @@ def optimized():
 DTYPES = [jnp.float32, jnp.bfloat16]
 # XLA fuses a bare look-up into the norm's sums, in other fused multiply-adds than those of a look-up with
 # a branch (on jax 0.10 across a barrier too): one unit in the last place. Unfused, the bits are the same.
-FUSED = {"linen_tied_embedding", "nnx_tied_embedding"}
+FUSED = {"linen_tied_embedding"}
 ROWS = [case for case in CASES if case.name != "cast"]  # which computes in float64 by its own doing
 
 
