@@ -21,7 +21,7 @@ from jax.extend.core import JaxprEqn, Literal, Primitive
 
 from lora_jax import nnx
 from lora_jax.tree import Pattern, literal, matches, nearest
-from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf
+from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, parted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,11 +51,11 @@ class RefusedError(NotImplementedError):
 
     def located(self, names: dict[str, str], where: str) -> RefusedError:
         """The same error with its paths replaced, and a place if it has none yet."""
-        paths = [names.get(path, path) for path in self.paths]
+        paths = [part for path in self.paths for part in parted(names.get(path, path))]
         return RefusedError(paths, self.primitive, self.where or where, self.why)
 
 
-_NO_RULE = ("return", "cond", "scan", "while")
+_NO_RULE = ("return", "cond", "scan", "while", "shard_map")
 
 
 class Context(NamedTuple):
@@ -73,7 +73,7 @@ class Context(NamedTuple):
 
     def refuse(self, weights: Sequence[Any], why: str) -> RefusedError:
         """The error to raise: it names the weights' paths, the primitive and the model's line."""
-        paths = [w.path for w in weights if isinstance(w, LoraWeight)]
+        paths = [path for w in weights if isinstance(w, LoraWeight) for path in w.paths]
         return RefusedError(paths, self.eqn.primitive.name, self.where, why)
 
     @property
@@ -83,10 +83,10 @@ class Context(NamedTuple):
 
 
 Rule = Callable[..., Any]
-_RULES: dict[Primitive, Rule] = {}
+_RULES: dict[Primitive | str, Rule] = {}
 
 
-def register(*primitives: Primitive) -> Callable[[Rule], Rule]:
+def register(*primitives: Primitive | str) -> Callable[[Rule], Rule]:
     """Register a rule: what a primitive does when a LoraWeight is among its operands.
 
     The rule is called as `rule(context, *operands, **params)` with the equation's operands, of which
@@ -95,7 +95,8 @@ def register(*primitives: Primitive) -> Callable[[Rule], Rule]:
     raises `context.refuse(operands, why)`.
 
     Args:
-        *primitives: The primitives, from `jax.extend.core.primitives` or your own.
+        *primitives: The primitives, from `jax.extend.core.primitives` or your own; or the name of one
+            that jax does not export.
 
     Raises:
         ValueError: a rule for one of the primitives is registered already.
@@ -110,8 +111,9 @@ def register(*primitives: Primitive) -> Callable[[Rule], Rule]:
 
     def decorate(rule: Rule) -> Rule:
         for primitive in primitives:
-            if primitive in _RULES:
-                raise ValueError(f"{primitive.name} has a rule already; a primitive has one rule.")
+            name = getattr(primitive, "name", primitive)
+            if primitive in _RULES or name in _RULES:
+                raise ValueError(f"{name} has a rule already; a primitive has one rule.")
         for primitive in primitives:
             _RULES[primitive] = rule
         return rule
@@ -228,7 +230,7 @@ def _operand(leaf: Any) -> Any:
                 "stacked or mapped after it was made. For several adapters write "
                 "jax.vmap(lora_jax.lora(fn), in_axes=...), with lora inside; for layers, wrap the stack."
             )
-        return leaf.replace(w=w)
+        return leaf.replace(w=w, b=leaf.live_b, blocks=())
     if isinstance(leaf, FullWeight):
         if leaf.value is None:
             raise ValueError(
@@ -255,9 +257,9 @@ def _permitted(densify: Pattern | None, weights: Sequence[LoraWeight]) -> frozen
 def _output(value: Any, permitted: frozenset[str]) -> Any:
     if not isinstance(value, LoraWeight):
         return value
-    if value.path in permitted:
+    if permitted.issuperset(value.paths):
         return value.dense()
-    raise RefusedError([value.path], "return", "the function's end", "the function returns the weight itself")
+    raise RefusedError(value.paths, "return", "the function's end", "the function returns the weight itself")
 
 
 @dataclasses.dataclass
@@ -380,7 +382,7 @@ def _settled(out: Any) -> Any:
 def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: frozenset[str]) -> list[Any]:
     key = None if key is None else jax.random.fold_in(key, index)
     context = Context(key, densify, eqn)
-    rule = _RULES.get(eqn.primitive)
+    rule = _RULES.get(eqn.primitive) or _RULES.get(eqn.primitive.name)
     try:
         if rule is None:
             raise context.refuse(values, "no rule is registered for this primitive")
@@ -390,7 +392,8 @@ def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: froz
     except RefusedError as error:
         if not densify.issuperset(error.paths):
             raise
-        dense = [v.dense() if isinstance(v, LoraWeight) and v.path in error.paths else v for v in values]
+        named = set(error.paths)
+        dense = [v.dense() if isinstance(v, LoraWeight) and named.issuperset(v.paths) else v for v in values]
         if any(isinstance(value, LoraWeight) for value in dense):
             return _apply(eqn, dense, key, index, densify)
         return bind(eqn, dense)

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 AxisKind = Literal["batch", "in", "out", "unit"]
+# Which columns of a feed which of the flattened out axes: ((rank start, stop), (out start, stop)).
+Block = tuple[tuple[int, int], tuple[int, int]]
 AXIS_KINDS: tuple[AxisKind, ...] = ("batch", "in", "out", "unit")
+
+
+_JOINT = " + "
+
+
+def joint_path(paths: Iterable[str]) -> str:
+    """The path of a weight that several were made into: each of theirs once.
+
+    >>> joint_path(["q/kernel", "k/kernel", "q/kernel"])
+    'q/kernel + k/kernel'
+    """
+    return _JOINT.join(dict.fromkeys(part for path in paths for part in parted(path)))
+
+
+def parted(path: str) -> tuple[str, ...]:
+    """The paths in a joint path."""
+    return tuple(path.split(_JOINT))
 
 
 class NotUnderLoraError(TypeError):
@@ -90,9 +111,12 @@ class LoraWeight(_Node):
         axes: A kind for every axis of `w`. The default is ("in", "out"), for a matrix.
         path: The leaf's path in its tree, for errors.
         dropout: The rate at which entries of the branch's input are dropped in training.
+        blocks: For a fused kernel of which only some parts are adapted, ((rank start, stop), (out
+            start, stop)) for each part, along the flattened out axes: b counts inside these blocks
+            only, whatever stands elsewhere. Without any, all of b counts.
 
     Raises:
-        ValueError: the shapes of w, a, b and scale do not fit the axes.
+        ValueError: the shapes of w, a, b and scale do not fit the axes, or a block not the shapes.
 
     The definition is that of LoRA (arXiv:2106.09685), section 4.1, with x @ W for W x.
 
@@ -109,6 +133,7 @@ class LoraWeight(_Node):
     scale: Any
     axes: tuple[AxisKind, ...]
     dropout: float
+    blocks: tuple[Block, ...]
 
     def __init__(
         self,
@@ -119,6 +144,7 @@ class LoraWeight(_Node):
         axes: tuple[AxisKind, ...] = ("in", "out"),
         path: str = "",
         dropout: float = 0.0,
+        blocks: Iterable[Block] = (),
     ):
         where = f"LoraWeight at {path!r}" if path else "LoraWeight"
         check_axes(w.shape, axes, where)
@@ -138,6 +164,14 @@ class LoraWeight(_Node):
         self.w, self.a, self.b = w, a, b
         self.scale = jnp.broadcast_to(scale, batch)
         self.axes, self.path, self.dropout = tuple(axes), path, float(dropout)
+        self.blocks = tuple(((r0, r1), (o0, o1)) for (r0, r1), (o0, o1) in blocks)
+        width = math.prod(outer)
+        for block in self.blocks:
+            (r0, r1), (o0, o1) = block
+            if not (0 <= r0 < r1 <= rank and 0 <= o0 < o1 <= width):
+                raise ValueError(
+                    f"{where}: the block {block} is not inside of rank {rank} and {width} outputs."
+                )
 
     # The model may ask a leaf for these before it computes with it; they are the base's.
     @property
@@ -161,9 +195,21 @@ class LoraWeight(_Node):
         return self.a.shape[-1]
 
     @property
-    def adapter_size(self) -> int:
-        """How many numbers a and b hold together."""
-        return math.prod(self.a.shape) + math.prod(self.b.shape)
+    def paths(self) -> tuple[str, ...]:
+        """The paths it comes from: several for a sum, a product or a concatenation inside `lora`."""
+        return parted(self.path)
+
+    @property
+    def live_b(self) -> Any:
+        """The b that counts: zero outside of the blocks, if there are any."""
+        if not self.blocks:
+            return self.b
+        outer = self.b.shape[len(self.axes_of("batch")) + 1 :]
+        mask = np.zeros((self.rank, math.prod(outer)), bool)
+        for (r0, r1), (o0, o1) in self.blocks:
+            mask[r0:r1, o0:o1] = True
+        inside = jnp.asarray(np.broadcast_to(mask.reshape(self.rank, *outer), self.b.shape))
+        return lax.select(_laid_out_as(inside, self.b), self.b, jnp.zeros_like(self.b))
 
     def axes_of(self, kind: AxisKind) -> tuple[int, ...]:
         """The positions in `w` of the axes of one kind."""
@@ -176,7 +222,7 @@ class LoraWeight(_Node):
         """
         if dtype is None:
             dtype = wide_dtype(self.a.dtype, self.b.dtype)
-        a, b, scale = (x.astype(dtype) for x in (self.a, self.b, self.scale))
+        a, b, scale = (x.astype(dtype) for x in (self.a, self.live_b, self.scale))
         n = scale.ndim
         batch = tuple(range(n))
         scaled = b * lax.expand_dims(scale, tuple(range(n, b.ndim)))
@@ -344,5 +390,5 @@ def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...]) -> None
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
-_register(LoraWeight, ("w", "a", "b", "scale"), ("axes", "path", "dropout"))
+_register(LoraWeight, ("w", "a", "b", "scale"), ("axes", "path", "dropout", "blocks"))
 _register(FullWeight, ("value",), ("dtype", "path"))

@@ -157,6 +157,10 @@ def nnx_case(name: str, make_model: Callable[[nnx.Rngs], Any], *inputs: Any, **o
 MATRIX: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((4, 6), ("in", "out"))
 SQUARE: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((4, 4), ("in", "out"))
 STACK: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((3, 4, 4), ("batch", "in", "out"))
+# For rules that stack ranks: a rank of 9 is to be small beside the axes, as it is in models.
+WIDE: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((32, 20), ("in", "out"))
+BROAD: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((32, 32), ("in", "out"))
+BROADS: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((3, 32, 32), ("batch", "in", "out"))
 TABLE: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((11, 4), ("in", "out"))
 KERNEL: tuple[tuple[int, ...], tuple[AxisKind, ...]] = ((3, 3, 4, 6), ("in", "in", "in", "out"))
 IDS = [[1, 2, 10], [3, 0, 3]]
@@ -329,6 +333,11 @@ def expert_per_token(p, x, ids):
     return jnp.einsum("ti,tio->to", x, p["w"][ids])
 
 
+@case({"w": ((3, 11, 4), ("batch", "in", "out"))}, [[1, 2], [3, 0], [10, 3]])
+def embedding_under_vmap(p, ids):
+    return jax.vmap(lambda w, i: w[i])(p["w"], ids)
+
+
 @case({"w": ((8, 2, 2), ("in", "out", "out"))}, (3, 8), [7, 6, 5, 4, 3, 2, 1, 0])
 def heads_by_index(p, x, ids):
     return jnp.einsum("bi,iho->bho", x, p["w"][:, ids[:2] - 6])
@@ -449,6 +458,28 @@ def reversed_axes(p, x):
     return x @ p["w"][::-1, ::-1]
 
 
+@case({"w": STACK}, (2, 4))
+def iterated(p, x):
+    for w in p["w"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+@case({"w": ((2, 32, 32), ("batch", "in", "out"))}, (2, 64))
+def tiled(p, x):
+    return jnp.einsum("bi,eio->beo", x, jnp.tile(p["w"], (2, 2, 3)))
+
+
+@case({"w": ((64, 64), ("in", "out"))}, (2, 64))
+def rolled(p, x):
+    return x @ jnp.roll(p["w"], (1, 2), axis=(0, 1))
+
+
+@case({"w": MATRIX}, (2, 4))
+def moved(p, x):
+    return x @ jax.device_put(p["w"], jax.devices()[0])
+
+
 @case({"w": MATRIX}, (2, 5, 4))
 def expand_and_squeeze(p, x):
     return (x[:, :, None, :] @ p["w"][None])[:, :, 0] + x @ jnp.squeeze(p["w"][:, None, :], 1)
@@ -478,6 +509,159 @@ def stopped_gradient(p, x):
 @case({"w": MATRIX}, (2, 4))
 def named(p, x):
     return x @ checkpoint_name(p["w"], "kernel")
+
+
+# Algebra on weights
+
+
+@case({"v": WIDE, "w": WIDE}, (2, 32))
+def sum_of_weights(p, x):
+    return x @ (p["v"] + p["w"]) + x @ (p["v"] - p["w"] - p["w"])
+
+
+@case({"v": BROAD, "w": BROAD}, (2, 32))
+def sum_with_a_transpose(p, x):
+    return x @ (p["v"] + p["w"].T)
+
+
+@case({"v": BROADS, "w": BROADS}, (2, 32))
+def sum_of_stacks(p, x):
+    return jnp.einsum("bi,eio->beo", x, p["v"] + p["w"])
+
+
+@case({"v": ((1, 32, 20), ("unit", "in", "out")), "w": ((1, 32, 20), ("batch", "in", "out"))}, (2, 32))
+def sum_of_a_unit_and_a_batch_axis(p, x):
+    return jnp.einsum("bi,eio->beo", x, p["v"] + p["w"])
+
+
+@case({"w": MATRIX}, (2, 4), (4, 6))
+def weight_plus_an_array(p, x, noise):
+    return x @ (p["w"] + noise) + x @ (noise - p["w"])
+
+
+@case({"v": ((64, 20), ("in", "out")), "w": ((64, 10), ("in", "out"))}, (2, 64))
+def concatenated_along_out(p, x):
+    return x @ jnp.concatenate([p["v"], p["w"], -p["v"]], axis=1)
+
+
+@case({"v": ((20, 32), ("in", "out")), "w": ((18, 32), ("in", "out"))}, (2, 38), (2, 40))
+def concatenated_along_in(p, x, y):
+    constant = jnp.ones((2, 32), p["v"].dtype)
+    return x @ jnp.concatenate([p["v"], p["w"]], axis=0) + y @ jnp.concatenate([p["w"], constant, p["v"]])
+
+
+@case({"v": BROADS, "w": ((2, 32, 32), ("batch", "in", "out"))}, (2, 32))
+def concatenated_layers(p, x):
+    constant = jnp.ones((1, 32, 32), p["v"].dtype)
+    ws = jnp.concatenate([p["v"], constant, p["w"]])
+    return lax.scan(lambda c, w: (_block(w, c), None), x, ws)[0]
+
+
+@case({"v": BROAD, "w": BROAD}, (2, 32))
+def layers_stacked_by_the_model(p, x):
+    ws = jnp.stack([p["v"], p["w"], p["v"].T])
+    return lax.scan(lambda c, w: (_block(w, c), None), x, ws)[0]
+
+
+@case({"v": BROAD, "w": BROAD}, (2, 32))
+def layers_stacked_last(p, x):
+    ws = jnp.stack([p["v"], p["w"]], axis=-1)
+    return jnp.einsum("bi,ioe->beo", x, ws)
+
+
+@case({"w": MATRIX}, (2, 4), (4,), (6,))
+def scaled_by_vectors(p, x, rows, columns):
+    return x @ (p["w"] * rows[:, None] / (2 + columns**2))
+
+
+@case({"w": ((4, 3, 2), ("in", "out", "out"))}, (2, 4), (3,), (3, 2))
+def scaled_by_heads(p, x, heads, both):
+    return jnp.einsum("bi,ihd->bhd", x, heads[:, None] * p["w"] * both)
+
+
+@case({"w": STACK}, (2, 4), (3,), (3, 4))
+def scaled_by_layer(p, x, layers, rows):
+    return jnp.einsum("bi,eio->beo", x, p["w"] * layers[:, None, None] * rows[:, :, None])
+
+
+@case({"w": WIDE}, (2, 32), (2, 32))
+def scaled_under_vmap(p, x, rows):
+    return jax.vmap(lambda x, row: x @ (p["w"] * row[:, None]))(x, rows)
+
+
+@case({"v": BROAD, "w": WIDE}, (2, 32))
+def product_of_weights(p, x):
+    return x @ (p["v"] @ p["w"]) + x @ (p["v"].T @ p["w"])
+
+
+@case({"v": ((32, 4, 5), ("in", "out", "out")), "w": ((4, 5, 32), ("in", "in", "out"))}, (2, 32))
+def product_over_two_axes(p, x):
+    return x @ jnp.einsum("ihd,hdo->io", p["v"], p["w"])
+
+
+@case({"v": BROADS, "w": BROADS}, (2, 32))
+def product_of_stacks(p, x):
+    return jnp.einsum("bi,eio->beo", x, p["v"] @ p["w"])
+
+
+@case({"w": WIDE}, (2, 32))
+def product_with_its_own_transpose(p, x):
+    return x @ (p["w"] @ p["w"].T)
+
+
+@case({"w": ((3, 2, 4, 5), ("batch", "in", "in", "out"))}, (2, 4), (2, 2, 4), (2, 3, 2))
+def reduced(p, x, y, z):
+    w = p["w"]
+    of_layers = jnp.einsum("bhi,hio->bo", y, w.sum(0))
+    return x @ w.sum((0, 1)) + of_layers + jnp.einsum("beh,eho->bo", z, w.mean(2))
+
+
+@case({"w": MATRIX}, (2, 4))
+def reduced_to_rows(p, x):
+    return x @ p["w"] - jnp.sum(x, -1, keepdims=True) * p["w"].mean(0) + p["w"].sum()
+
+
+@case({"w": MATRIX}, (2, 7))
+def padded(p, x):
+    return x @ jnp.pad(p["w"], ((1, 2), (0, 1)), constant_values=2.0)
+
+
+@case({"w": MATRIX}, (2, 4))
+def precision_reduced(p, x):
+    return x @ lax.reduce_precision(p["w"], 11, 52)
+
+
+# Products in groups
+
+
+@case({"w": ((3, 4, 5), ("batch", "in", "out"))}, (6, 4), [1, 2, 3])
+def ragged_dot(p, x, groups):
+    return lax.ragged_dot(x, p["w"], groups)
+
+
+@case({"w": ((3, 4, 5), ("in", "in", "out"))}, (6, 4), [1, 2, 3])
+def ragged_dot_with_one_b(p, x, groups):
+    return lax.ragged_dot(x, p["w"], groups)
+
+
+@case({"w": ((3, 4, 5), ("out", "in", "out"))}, (6, 4), [4, 0, 1])
+def ragged_dot_with_one_a(p, x, groups):
+    return lax.ragged_dot(x, p["w"], groups)
+
+
+@case({"w": ((3, 4, 5), ("batch", "in", "out"))}, (6, 5), [1, 2, 3])
+def ragged_dot_transposed(p, x, groups):
+    return lax.ragged_dot(x, p["w"].mT, groups)
+
+
+@case({"w": ((3, 4, 5), ("in", "in", "out"))}, (2, 4))
+def experts_with_one_b(p, x):
+    return jnp.einsum("eio,bi->beo", p["w"], x)
+
+
+@case({"w": ((3, 4, 5), ("out", "in", "out"))}, (2, 3, 4))
+def experts_with_one_a(p, x):
+    return jnp.einsum("eio,bei->beo", p["w"], x)
 
 
 # Control

@@ -86,3 +86,73 @@ def test_values_gradients_and_shardings(row, factors, kind):
             jax.jit(jax.grad(loss))((placed.a, placed.b), placed, x), gradients, strict=True
         ):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * (1 + np.abs(want).max()))
+
+
+def two_layers(up, down, gathered, x):
+    """Column-parallel, row-parallel, and a weight that is gathered where it is used."""
+    hidden = jnp.tanh(x @ up)
+    return lax.psum(hidden @ down, "model") @ lax.all_gather(gathered, "data", axis=0, tiled=True)
+
+
+SPECS = (P(None, "model"), P("model", None), P("data", None), P("data", None))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_gives_every_shard_its_part_of_the_factors(kind, check_vma):
+    shapes = {"up": (8, 16), "down": (16, 8), "gathered": (8, 6)}
+    ws = [weight(name, shape, ("in", "out"), jnp.float64) for name, shape in shapes.items()]
+    x = jax.random.normal(jax.random.key(1), (4, 8), jnp.float64)
+    point = [(w.a, w.b) for w in ws]
+
+    def merged(point, ws, x):
+        up, down, gathered = (w.replace(a=a, b=b).dense() for w, (a, b) in zip(ws, point, strict=True))
+        return jnp.tanh(x @ up) @ down @ gathered
+
+    def gradient(fn, ws, x):
+        return jax.jit(jax.grad(lambda point: jnp.sum(jnp.sin(fn(point, ws, x)))))(point)
+
+    expected, expected_gradient = merged(point, ws, x), gradient(merged, ws, x)
+    with jax.set_mesh(mesh(kind)) as on:
+        on = on if on is not None else jax.sharding.get_mesh()
+        mapped = jax.shard_map(
+            two_layers, mesh=on, in_specs=SPECS, out_specs=P("data", None), check_vma=check_vma
+        )
+        placed = [
+            w.replace(w=jax.device_put(w.w, NamedSharding(on, s))) for w, s in zip(ws, SPECS, strict=False)
+        ]
+        x = jax.device_put(x, NamedSharding(on, SPECS[3]))
+
+        def ours(point, ws, x):
+            return lora_jax.lora(mapped)(
+                *(w.replace(a=a, b=b) for w, (a, b) in zip(ws, point, strict=True)), x
+            )
+
+        out, bare = jax.jit(ours)(point, placed, x), jax.jit(mapped)(*(w.w for w in placed), x)
+        assert jax.typeof(out) == jax.typeof(bare) and out.sharding == bare.sharding
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+        for got, want in zip(
+            jax.tree.leaves(gradient(ours, placed, x)), jax.tree.leaves(expected_gradient), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * (1 + np.abs(want).max()))
+
+
+def test_shards_with_data_of_their_own_drop_other_entries():
+    w = weight("w", (8, 8), ("in", "out"), jnp.float32).replace(dropout=0.5)
+    w = w.replace(w=jnp.zeros_like(w.w))
+    x = jnp.ones((4, 8), jnp.float32)
+    with jax.set_mesh(mesh(AxisType.Auto)):
+        for check_vma in (True, False):
+            mapped = jax.shard_map(
+                lambda w, x: x @ w, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=check_vma
+            )
+            out = jax.jit(lora_jax.lora(mapped, key=jax.random.key(0)))(w, x)
+            assert not jnp.allclose(out[:2], out[2:])
+
+
+def test_a_weight_that_leaves_a_shard_is_refused():
+    w = weight("layer/kernel", (8, 8), ("in", "out"), jnp.float32)
+    with jax.set_mesh(mesh(AxisType.Auto)):
+        mapped = jax.shard_map(lambda w: w.T, in_specs=P("data"), out_specs=P(None, "data"))
+        with pytest.raises(lora_jax.RefusedError, match=r"layer/kernel.*shard_map.*densify='layer/kernel'"):
+            lora_jax.lora(lambda w, x: x @ mapped(w))(w, jnp.ones((2, 8), jnp.float32))

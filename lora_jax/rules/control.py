@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
+from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax.interpret import Context, RefusedError, evaluate, register
-from lora_jax.weight import LoraWeight
+from lora_jax.weight import LoraWeight, joint_path, parted
 
 _KEPT = 1024  # functions; each also keeps its jaxpr alive
 
 
-class _Closed:
+class Closed:
     """A jaxpr with its constants, in the form of every version: 0.10 has two classes, 0.11 one."""
 
     def __init__(self, jaxpr: Any):
@@ -32,7 +33,7 @@ class _Closed:
 
 
 def _run(jaxpr: Any, operands: Sequence[Any], key: Any, densify: frozenset[str]) -> list[Any]:
-    return evaluate(_Closed(jaxpr), operands, key, densify)
+    return evaluate(Closed(jaxpr), operands, key, densify)
 
 
 def _kept(
@@ -48,7 +49,7 @@ def _kept(
     """
     weights = [x for x in jax.tree.leaves(operands, is_leaf=_is_weight) if _is_weight(x)]
     names = {f"#{i}": weight.path for i, weight in enumerate(weights)}
-    densify = frozenset(short for short, path in names.items() if path in context.densify)
+    densify = frozenset(short for short, path in names.items() if context.densify.issuperset(parted(path)))
     if not any(weight.dropout for weight in weights):
         key = None
     shorts = iter(names)
@@ -57,7 +58,9 @@ def _kept(
         out = _function(make, densify, *statics)(operands, key)
     except RefusedError as error:
         raise error.located(names, context.where) from None
-    return _map_weights(lambda weight: weight.replace(path=names[weight.path]), out)
+    return _map_weights(
+        lambda weight: weight.replace(path=joint_path(names[short] for short in weight.paths)), out
+    )
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -162,7 +165,7 @@ def _signature(primitive: Any, avals: Sequence[Any], params: dict[str, Any]) -> 
 def _products(jaxpr: Any) -> list[Any]:
     """The signatures of the products in a jaxpr and in those it holds."""
     found = []
-    for eqn in _Closed(jaxpr).jaxpr.eqns:
+    for eqn in Closed(jaxpr).jaxpr.eqns:
         if eqn.primitive in _PRODUCTS:
             found.append(_signature(eqn.primitive, [v.aval for v in eqn.invars], eqn.params))
         for param in eqn.params.values():
@@ -172,10 +175,79 @@ def _products(jaxpr: Any) -> list[Any]:
     return found
 
 
+# shard_map
+
+
+@register("shard_map")
+def shard_map(
+    context: Context,
+    *operands: Any,
+    jaxpr: Any,
+    mesh: Any,
+    in_specs: Any,
+    out_specs: Any,
+    check_vma: bool,
+    **params: Any,
+) -> list[Any]:
+    """Each shard runs with its part of the weight: a is split along in axes as w is, b along out axes."""
+    manual = params["newly_manual_axes"]
+    statics = (jaxpr, mesh, tuple(in_specs), tuple(out_specs), check_vma, frozenset(manual))
+    return _kept(_sharded, context, list(operands), *statics, key=context.key)
+
+
+def _sharded(
+    densify: Any, jaxpr: Any, mesh: Any, in_specs: Any, out_specs: Any, check_vma: bool, manual: Any
+) -> Any:
+    def body(operands: Any, key: Any) -> list[Any]:
+        if key is not None and not check_vma:  # else the mask varies where its input does
+            for name in sorted(manual):
+                key = jax.random.fold_in(key, lax.axis_index(name))
+        out = _run(jaxpr, operands, key, densify)
+        weights = [x for x in out if _is_weight(x) and not densify.issuperset(x.paths)]
+        if weights:
+            raise RefusedError(
+                [path for w in weights for path in w.paths],
+                "shard_map",
+                "",
+                "a shard returns the weight itself",
+            )
+        return [x.dense() if _is_weight(x) else x for x in out]
+
+    def run(operands: Any, key: Any) -> list[Any]:
+        specs = [_specs_of(x, spec) for x, spec in zip(operands, in_specs, strict=True)]
+        if AxisType.Explicit in mesh.axis_types:  # where the operands' types have to say the same
+            operands = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, spec), operands, specs)
+        mapped = jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(specs, PartitionSpec()),
+            out_specs=list(out_specs),
+            axis_names=manual,
+            check_vma=check_vma,
+        )
+        return mapped(operands, key)
+
+    return jax.jit(run, inline=True)
+
+
+def _specs_of(x: Any, spec: Any) -> Any:
+    """The spec of an operand; of a LoraWeight those of its parts, derived from that of its base."""
+    if not _is_weight(x):
+        return spec
+    parts = (*spec, *(None for _ in range(x.ndim - len(spec))))
+    batch, inner, outer = ([parts[i] for i in x.axes_of(kind)] for kind in ("batch", "in", "out"))
+    return x.replace(
+        w=spec,
+        a=PartitionSpec(*batch, *inner, None),
+        b=PartitionSpec(*batch, None, *outer),
+        scale=PartitionSpec(*batch),
+    )
+
+
 # Loops and branches
 
 
-def _scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carries."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -188,7 +260,7 @@ def scan(
     context: Context, *operands: Any, jaxpr: Any, length: int, reverse: bool, unroll: Any, **params: Any
 ) -> Any:
     """The body sees a weight without its first axis, which must be a batch axis; ys put it back."""
-    n_consts, n_carry = _scan_parts(params)
+    n_consts, n_carry = scan_parts(params)
     consts = list(operands[:n_consts])
     carry = list(operands[n_consts : n_consts + n_carry])
     xs = list(operands[n_consts + n_carry :])
@@ -220,7 +292,7 @@ def _scanned(densify: Any, jaxpr: Any, length: int, reverse: bool, unroll: Any) 
             if jax.tree.structure(new_carry) != structure:
                 weights = [w for w in (*new_carry, *carry) if _is_weight(w)]
                 raise RefusedError(
-                    list(dict.fromkeys(w.path for w in weights)),
+                    [path for w in weights for path in w.paths],
                     "scan",
                     "",
                     "the carry is a weight on one side of a step and not the same on the other",
@@ -260,7 +332,7 @@ def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
             if jax.tree.structure(out) != structure:
                 weights = [w for w in (*out, *values) if _is_weight(w)]
                 raise RefusedError(
-                    list(dict.fromkeys(w.path for w in weights)),
+                    [path for w in weights for path in w.paths],
                     "while",
                     "",
                     "the carry is a weight on one side of a step and not the same on the other",
@@ -286,10 +358,10 @@ def _switched(densify: Any, branches: Sequence[Any]) -> Any:
 
         def branch(jaxpr: Any, values: Any, key: Any) -> list[Any]:
             out = _run(jaxpr, values, key, densify)
-            weights = [x for x in out if _is_weight(x) and x.path not in densify]
+            weights = [x for x in out if _is_weight(x) and not densify.issuperset(x.paths)]
             if weights:
                 raise RefusedError(
-                    [w.path for w in weights],
+                    [path for w in weights for path in w.paths],
                     "cond",
                     "",
                     "a branch returns the weight itself",

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.interpret import Context, bind, register
 from lora_jax.rules.shape import per_axis, permuted
-from lora_jax.weight import LoraWeight, wide_dtype
+from lora_jax.weight import AxisKind, LoraWeight, joint_path, wide_dtype
 
 RANK = "rank"
 ROWS = "rows"
@@ -144,7 +144,10 @@ def dropped(context: Context, x: jax.Array, rate: float) -> jax.Array:
     if context.key is None or not rate:
         return x
     kept = min(max(round((1.0 - rate) * 2**16), 1), 2**16 - 1)
-    bits = jax.random.bits(context.key, x.shape, jnp.uint16)
+    key = context.key
+    for name in sorted(jax.typeof(x).manual_axis_type.varying):  # so that a shard of its own has its own
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    bits = jax.random.bits(key, x.shape, jnp.uint16)
     keep = lax.lt(bits, lax.full_like(bits, kept))
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit in getattr(sharding.mesh, "axis_types", ()):
@@ -245,7 +248,7 @@ def dot_general(
 ) -> Any:
     """x·W + s·(x·A)·B for every form of dot_general, the weight on either side."""
     if isinstance(lhs, LoraWeight) and isinstance(rhs, LoraWeight):
-        raise context.refuse([lhs, rhs], "it is a product of two weights")
+        return _product_of_weights(context, lhs, rhs, dimension_numbers, precision)
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     swap = isinstance(lhs, LoraWeight)
     weight, x = (lhs, rhs) if swap else (rhs, lhs)
@@ -285,6 +288,146 @@ def dot_general(
     return add_branch(context, base, branch)
 
 
+def _product_of_weights(
+    context: Context, lhs: LoraWeight, rhs: LoraWeight, dimension_numbers: Any, precision: Any
+) -> LoraWeight:
+    """W₁W₂ with both updates: A₁·(B₁W₂') + (W₁A₂)·B₂, where W₂' = W₂ + A₂B₂, is of the ranks' sum."""
+    sums, batches = dimension_numbers
+    pairs = [*zip(*sums, strict=True), *zip(*batches, strict=True)]
+    labels: list[list[Label]] = [[("l", i) for i in range(lhs.ndim)], [("r", i) for i in range(rhs.ndim)]]
+    for i, j in pairs:
+        labels[1][j] = labels[0][i]
+    for weight, summed, mapped in ((lhs, sums[0], batches[0]), (rhs, sums[1], batches[1])):
+        sides = [set(weight.axes_of("in")), set(weight.axes_of("out"))]
+        if set(summed) not in sides or set(mapped) != set(weight.axes_of("batch")):
+            raise context.refuse(
+                [lhs, rhs], "it is a product of two weights over a part of their in, out or batch axes"
+            )
+    if context.key is not None and lhs.dropout != rhs.dropout:
+        raise context.refuse([lhs, rhs], "it is a product of weights with different rates of dropout")
+    base = bind(context.eqn, [lhs.w, rhs.w])[0]
+    dtype = wide_dtype(base.dtype, lhs.a.dtype, lhs.b.dtype, rhs.a.dtype, rhs.b.dtype)
+
+    def parts(weight: LoraWeight, axis_labels: Sequence[Label], rank: Label, summed: Sequence[int]) -> Any:
+        """The factor with the free axes, and the one with the summed axes, the second scaled."""
+        a_labels, b_labels = (
+            [rank if s == RANK else s for s in x] for x in factor_labels(weight, axis_labels)
+        )
+        a = Labelled(_as(weight.a, dtype), tuple(a_labels))
+        b = Labelled(_as(weight.b, dtype), tuple(b_labels))
+        return (a, b) if weight.axes[summed[0]] == "out" else (b, a)
+
+    w1, w2 = (Labelled(_as(x.w, dtype), tuple(s)) for x, s in zip((lhs, rhs), labels, strict=True))
+    far1, near1 = parts(lhs, labels[0], (RANK, 1), sums[0])
+    far2, near2 = parts(rhs, labels[1], (RANK, 2), sums[1])
+    batch: tuple[Label, ...] = tuple(labels[0][i] for i in batches[0])
+    free1 = [s for i, s in enumerate(labels[0]) if i not in (*sums[0], *batches[0])]
+    free2 = [s for j, s in enumerate(labels[1]) if j not in (*sums[1], *batches[1])]
+    thin1, thin2 = ([s for s in f if s in far.labels] for f, far in ((free1, far1), (free2, far2)))
+    # In float32 or wider, whatever the precision of the base's product.
+    exact = lax.Precision.HIGHEST
+
+    def ordered(x: Labelled, wanted: Sequence[Label]) -> jax.Array:
+        """The array with its axes as wanted; a unit axis, which no factor has, is left out."""
+        units = [i for i, s in enumerate(x.labels) if s not in wanted]
+        left = [s for s in x.labels if s in wanted]
+        array = lax.squeeze(x.array, units) if units else x.array
+        return lax.transpose(array, [left.index(s) for s in wanted])
+
+    keep = {*batch, *free1, *free2, (RANK, 1), (RANK, 2)}
+    rank1, rank2 = (*batch, (RANK, 1), *thin2), (*batch, (RANK, 2), *thin2)
+    through = ordered(contract(near1, w2, keep, exact), rank1)
+    inner = contract(near1, near2, keep, exact)
+    inner = Labelled(
+        scaled(ordered(inner, (*batch, (RANK, 1), (RANK, 2))), rhs.scale), (*batch, (RANK, 1), (RANK, 2))
+    )
+    far2 = Labelled(ordered(far2, rank2), rank2)
+    through = lax.add(through, ordered(contract(inner, far2, keep - {(RANK, 2)}, exact), rank1))
+    left = ordered(contract(w1, near2, keep, exact), (*batch, *thin1, (RANK, 2)))
+    a = lax.concatenate([ordered(far1, (*batch, *thin1, (RANK, 1))), left], len(batch) + len(thin1))
+    b = lax.concatenate([scaled(through, lhs.scale), scaled(far2.array, rhs.scale)], len(batch))
+    axes: list[AxisKind] = ["batch"] * base.ndim
+    for place, label in enumerate((*free1, *free2), len(batch)):
+        axes[place] = "in" if label in thin1 else "out" if label in thin2 else "unit"
+    return lhs.replace(
+        w=base,
+        a=a,
+        b=b,
+        scale=jnp.ones(base.shape[: len(batch)], lhs.scale.dtype),
+        axes=tuple(axes),
+        path=joint_path([lhs.path, rhs.path]),
+    )
+
+
+@register("ragged_dot_general")
+def ragged_dot(
+    context: Context,
+    lhs: Any,
+    rhs: Any,
+    group_sizes: jax.Array,
+    *,
+    ragged_dot_dimension_numbers: Any,
+    precision: Any,
+    **params: Any,
+) -> jax.Array:
+    """Rows in groups, each group through its own expert: a factor that has the group axis runs ragged too."""
+    dims = ragged_dot_dimension_numbers
+    if not isinstance(rhs, LoraWeight) or isinstance(lhs, LoraWeight) or len(dims.rhs_group_dimensions) != 1:
+        raise context.refuse([lhs, rhs], "the weight is not the operand that holds a matrix for every group")
+    if params.get("group_offset") is not None or params.get("out_sharding") is not None:
+        raise context.refuse([rhs], "the ragged product has a group offset or a sharding of its own")
+    weight, (group,) = rhs, dims.rhs_group_dimensions
+    (x_sum, w_sum), (x_batch, w_batch) = dims.dot_dimension_numbers
+    if "unit" in {weight.axes[i] for i in (group, *w_sum, *w_batch)}:
+        raise context.refuse([weight], "an axis of size one holds the groups, or is summed over")
+    if not any(weight.axes[i] in ("in", "out") for i in w_sum):
+        raise context.refuse([weight], "it sums over none of the weight's in or out axes")
+    base = bind(context.eqn, [lhs, weight.w, group_sizes])[0]
+    w_labels: list[Label] = [("w", i) for i in range(weight.ndim)]
+    x_labels: list[Label] = [("x", i) for i in range(lhs.ndim)]
+    for i, j in zip((*w_sum, *w_batch), (*x_sum, *x_batch), strict=True):
+        x_labels[j] = w_labels[i]
+    ragged = x_labels[dims.lhs_ragged_dimensions[0]]
+    dtype = wide_dtype(lhs.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
+    x = Labelled(dropped(context, _as(lhs, dtype), weight.dropout), tuple(x_labels))
+    a_labels, b_labels = factor_labels(weight, w_labels)
+    factors = [
+        Labelled(_as(weight.a, dtype), a_labels),
+        Labelled(scaled(_as(weight.b, dtype), weight.scale), b_labels),
+    ]
+    factors.sort(key=lambda factor: not any(w_labels[i] in factor.labels for i in w_sum))
+    plain = _plain_precision(precision, swap=False)
+    keep: set[Label] = {w_labels[i] for i in w_batch}
+    for n, factor in enumerate(factors):
+        # What the second factor has too is not summed yet.
+        later = keep | set(factors[1].labels) if n == 0 else keep
+        if w_labels[group] not in factor.labels:
+            x = contract(x, factor, later, plain)
+            continue
+        shared = [s for s in x.labels if s in factor.labels]
+        batch, summed = [s for s in shared if s in later], [s for s in shared if s not in later]
+        numbers = lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(
+                ([x.labels.index(s) for s in summed], [factor.labels.index(s) for s in summed]),
+                ([x.labels.index(s) for s in batch], [factor.labels.index(s) for s in batch]),
+            ),
+            lhs_ragged_dimensions=[x.labels.index(ragged)],
+            rhs_group_dimensions=[factor.labels.index(w_labels[group])],
+        )
+        product = lax.ragged_dot_general(
+            x.array, factor.array, group_sizes, numbers, precision=plain, preferred_element_type=dtype
+        )
+        rest = [s for s in factor.labels if s not in shared and s != w_labels[group]]
+        x = Labelled(product, (*batch, *(s for s in x.labels if s not in shared), *rest))
+    free_w = [s for i, s in enumerate(w_labels) if i not in (*w_sum, *w_batch, group)]
+    free_x = [s for j, s in enumerate(x_labels) if j not in (*x_sum, *x_batch)]
+    wanted = [*(w_labels[i] for i in w_batch), *free_x, *free_w]
+    kept = [s for s in wanted if s in x.labels]
+    branch = lax.transpose(x.array, [x.labels.index(s) for s in kept])
+    branch = lax.expand_dims(branch, [i for i, s in enumerate(wanted) if s not in kept])
+    return add_branch(context, base, branch)
+
+
 # Look-ups
 
 
@@ -301,17 +444,14 @@ def gather(
     """Rows of W, as rows of a times b; a gather over batch axes selects whole weights."""
     if not isinstance(operand, LoraWeight) or isinstance(indices, LoraWeight):
         raise context.refuse([operand, indices], "the weight is used as indices")
-    weight, dims = operand, dimension_numbers
-    if dims.operand_batching_dims or dims.start_indices_batching_dims:
-        raise context.refuse(
-            [weight], "the gather has a batch axis of its own; move it outside of lora, with vmap"
-        )
+    weight = operand
+    base = bind(context.eqn, [weight.w, indices])[0]
+    dims, indices = _without_batching(dimension_numbers, indices)
     shape = weight.w.shape
     looked_up = [i for i in range(len(shape)) if slice_sizes[i] != shape[i] or i in dims.collapsed_slice_dims]
     kinds = {weight.axes[i] for i in looked_up}
     stays = [i for i in range(len(shape)) if i not in dims.collapsed_slice_dims]
     n_index = indices.ndim - 1
-    base = bind(context.eqn, [weight.w, indices])[0]
 
     def act(factor: jax.Array, where: Any) -> jax.Array:
         """The factor's own rows: index axes first, then its axes that stay, then the rank's place."""
@@ -375,6 +515,22 @@ def gather(
     order = [product.labels.index(name) for name in kept]
     branch = product.array if order == sorted(order) else lax.transpose(product.array, order)
     return add_branch(context, base, lax.expand_dims(branch, units) if units else branch)
+
+
+def _without_batching(dims: Any, indices: jax.Array) -> tuple[Any, jax.Array]:
+    """The same gather with every batch axis of its own looked up by an index that counts along it."""
+    columns = [
+        lax.broadcasted_iota(indices.dtype, (*indices.shape[:-1], 1), axis)
+        for axis in dims.start_indices_batching_dims
+    ]
+    if not columns:
+        return dims, indices
+    plain = lax.GatherDimensionNumbers(
+        offset_dims=dims.offset_dims,
+        collapsed_slice_dims=tuple(sorted((*dims.collapsed_slice_dims, *dims.operand_batching_dims))),
+        start_index_map=(*dims.operand_batching_dims, *dims.start_index_map),
+    )
+    return plain, lax.concatenate([*columns, indices], indices.ndim - 1)
 
 
 def _selected_weights(

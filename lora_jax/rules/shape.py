@@ -11,10 +11,10 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.weight import AxisKind, LoraWeight, sizes, wide_dtype
+from lora_jax.weight import AxisKind, LoraWeight, sizes
 
 
-def _only(context: Context, operands: Sequence[Any]) -> LoraWeight:
+def only(context: Context, operands: Sequence[Any]) -> LoraWeight:
     """The first operand, which must be the only LoraWeight."""
     if not isinstance(operands[0], LoraWeight) or any(isinstance(x, LoraWeight) for x in operands[1:]):
         raise context.refuse(operands, "the weight is an operand that says where or how much")
@@ -50,17 +50,17 @@ def per_axis(
 @register(p.convert_element_type_p, p.reduce_precision_p)
 def cast(context: Context, *operands: Any, **params: Any) -> LoraWeight:
     """The base is rounded as the model says; the factors keep their precision."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
     out: Any = context.eqn.outvars[0].aval
     if not jax.numpy.issubdtype(out.dtype, jax.numpy.inexact):
         raise context.refuse(operands, f"it is converted to {out.dtype}, which is not a floating dtype")
     return weight.replace(w=_base(context, weight))
 
 
-@register(p.copy_p, p.name_p, p.sharding_constraint_p)
+@register(p.copy_p, p.name_p, p.sharding_constraint_p, "reshard", "pvary", "layout_constraint")
 def pass_on(context: Context, *operands: Any, **params: Any) -> LoraWeight:
     """What concerns the base array alone."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
     return weight.replace(w=_base(context, weight))
 
 
@@ -73,7 +73,7 @@ def stop_gradient(context: Context, weight: LoraWeight, **params: Any) -> LoraWe
 @register(p.transpose_p)
 def transpose(context: Context, *operands: Any, permutation: Sequence[int]) -> LoraWeight:
     """The factors hold their axes in w's order, so they are transposed with it."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
     return permuted(weight, _base(context, weight), permutation)
 
 
@@ -94,7 +94,7 @@ def permuted(weight: LoraWeight, w: jax.Array, permutation: Sequence[int]) -> Lo
 @register(p.rev_p)
 def rev(context: Context, *operands: Any, dimensions: Sequence[int]) -> LoraWeight:
     """The factor that holds a reversed axis is reversed along it."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
 
     def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
         return lax.rev(factor, [i for i in map(where, dimensions) if i is not None])
@@ -107,7 +107,7 @@ def slice_(
     context: Context, *operands: Any, start_indices: Any, limit_indices: Any, strides: Any
 ) -> LoraWeight:
     """The factor that holds a sliced axis is sliced along it."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
     steps = strides or (1,) * len(weight.axes)
 
     def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
@@ -126,7 +126,7 @@ def slice_(
 @register(lax.split_p)
 def split(context: Context, *operands: Any, sizes: Sequence[int], axis: int) -> list[LoraWeight]:
     """Each part is a slice, of the base and of the factor that holds the axis."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
 
     def part(w: jax.Array, start: int) -> LoraWeight:
         def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
@@ -143,6 +143,65 @@ def split(context: Context, *operands: Any, sizes: Sequence[int], axis: int) -> 
     return [part(w, start) for w, start in zip(bind(context.eqn, [weight.w]), starts, strict=True)]
 
 
+@register("unstack")
+def unstack(context: Context, *operands: Any, axis: int) -> list[LoraWeight]:
+    """Each entry along an axis: a slice of size one, squeezed."""
+    weight = only(context, operands)
+
+    def entry(w: jax.Array, i: int) -> LoraWeight:
+        def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+            place = where(axis)
+            return factor if place is None else lax.index_in_dim(factor, i, place, keepdims=False)
+
+        axes = (*weight.axes[:axis], *weight.axes[axis + 1 :])
+        return per_axis(weight, w, act).replace(axes=axes)
+
+    return [entry(w, i) for i, w in enumerate(bind(context.eqn, [weight.w]))]
+
+
+@register("tile")
+def tile(context: Context, *operands: Any, reps: Sequence[int]) -> LoraWeight:
+    """The factor that holds a repeated axis is repeated along it."""
+    weight = only(context, operands)
+    if any(n > 1 and kind == "unit" for n, kind in zip(reps, weight.axes, strict=True)):
+        raise context.refuse(operands, "it repeats an axis of the weight that has size one")
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        for axis, count in enumerate(reps):
+            place = where(axis)
+            if place is not None and count != 1:
+                factor = lax.concatenate([factor] * count, place)
+        return factor
+
+    return per_axis(weight, _base(context, weight), act)
+
+
+@register(p.all_gather_p, "all_gather_invariant")
+def all_gather(
+    context: Context, *operands: Any, axis_name: Any, all_gather_dimension: int, tiled: bool, **params: Any
+) -> LoraWeight:
+    """The factor that holds the gathered axis is gathered too, in place of the update."""
+    weight = only(context, operands)
+    if not tiled or weight.axes[all_gather_dimension] == "unit":
+        raise context.refuse(operands, "it gathers shards along an axis that none of the factors has")
+
+    def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
+        place = where(all_gather_dimension)
+        if place is None:
+            return factor
+        moved = {**params, "axis_name": axis_name, "all_gather_dimension": place, "tiled": True}
+        return context.eqn.primitive.bind(factor, **moved)
+
+    return per_axis(weight, _base(context, weight), act)
+
+
+@register(p.device_put_p)
+def device_put(context: Context, *operands: Any, **params: Any) -> list[Any]:
+    """The base moves; the factors follow where they are used."""
+    arrays = bind(context.eqn, [x.w if isinstance(x, LoraWeight) else x for x in operands])
+    return [x.replace(w=w) if isinstance(x, LoraWeight) else w for x, w in zip(operands, arrays, strict=True)]
+
+
 @register(lax.optimization_barrier_p)
 def optimization_barrier(context: Context, *operands: Any) -> list[Any]:
     """The base arrays pass the barrier together, with whatever else does."""
@@ -153,7 +212,7 @@ def optimization_barrier(context: Context, *operands: Any) -> list[Any]:
 @register(p.dynamic_slice_p)
 def dynamic_slice(context: Context, *operands: Any, slice_sizes: Sequence[int]) -> LoraWeight:
     """As slice, from starts known at run time; both clamp a start in the same way."""
-    weight, *starts = _only(context, operands), *operands[1:]
+    weight, *starts = only(context, operands), *operands[1:]
 
     def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
         for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
@@ -168,7 +227,7 @@ def dynamic_slice(context: Context, *operands: Any, slice_sizes: Sequence[int]) 
 @register(p.squeeze_p)
 def squeeze(context: Context, *operands: Any, dimensions: Sequence[int]) -> LoraWeight:
     """An axis of size one leaves the factor that holds it."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
     return squeezed(weight, _base(context, weight), dimensions)
 
 
@@ -187,17 +246,21 @@ def broadcast_in_dim(
     context: Context, *operands: Any, shape: Sequence[int], broadcast_dimensions: Sequence[int], sharding: Any
 ) -> LoraWeight:
     """A new axis of size one is a unit axis; a longer one repeats the weight, as a batch axis."""
-    weight = _only(context, operands)
-    old = weight.w.shape
+    weight = only(context, operands)
+    return broadcasted(weight, _base(context, weight), broadcast_dimensions)
+
+
+def broadcasted(weight: LoraWeight, w: jax.Array, dimensions: Sequence[int]) -> LoraWeight:
+    """The weight with its axis i at `dimensions[i]` of the base's, which is already broadcast."""
+    old, shape = weight.w.shape, w.shape
     axes: list[AxisKind] = ["unit" if n == 1 else "batch" for n in shape]
-    for i, place in enumerate(broadcast_dimensions):
+    for i, place in enumerate(dimensions):
         if old[i] == shape[place]:
             axes[place] = weight.axes[i]
     # An axis of size one that is repeated is a batch axis from now on, so it leaves its factor first.
-    grown = [i for i, place in enumerate(broadcast_dimensions) if old[i] != shape[place]]
-    weight_base = _base(context, weight)
-    thin = squeezed(weight, weight_base, grown)
-    kept = [place for i, place in enumerate(broadcast_dimensions) if i not in grown]
+    grown = [i for i, place in enumerate(dimensions) if old[i] != shape[place]]
+    thin = squeezed(weight, w, grown)
+    kept = [place for i, place in enumerate(dimensions) if i not in grown]
     new_batch = [i for i, kind in enumerate(axes) if kind == "batch"]
     held = [place for place in new_batch if place in kept]
     batch_shape = [shape[i] for i in new_batch]
@@ -214,7 +277,7 @@ def broadcast_in_dim(
 @register(p.reshape_p)
 def reshape(context: Context, *operands: Any, new_sizes: Sequence[int], **params: Any) -> LoraWeight:
     """Adjacent axes of one kind merge, and any axis splits; an in axis never merges with an out axis."""
-    weight = _only(context, operands)
+    weight = only(context, operands)
     if params.get("dimensions") is not None:
         raise context.refuse(operands, "a reshape that also transposes")
     axes: list[AxisKind] = []
@@ -258,35 +321,3 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
                 j += 1
         groups.append((ours, theirs))
     return groups
-
-
-@register(p.neg_p)
-def neg(context: Context, weight: LoraWeight, **params: Any) -> LoraWeight:
-    """The sign goes to the scale."""
-    return weight.replace(w=_base(context, weight), scale=lax.neg(weight.scale))
-
-
-@register(p.mul_p)
-def mul(context: Context, x: Any, y: Any, **params: Any) -> LoraWeight:
-    """A scalar factor goes to the scale."""
-    weight, factor = (x, y) if isinstance(x, LoraWeight) else (y, x)
-    if isinstance(factor, LoraWeight) or jax.numpy.ndim(factor):
-        raise context.refuse([x, y], "the product with an array is elementwise")
-    operands = [v.w if isinstance(v, LoraWeight) else v for v in (x, y)]
-    return weight.replace(w=bind(context.eqn, operands)[0], scale=_times(weight.scale, factor))
-
-
-@register(p.div_p)
-def div(context: Context, weight: Any, divisor: Any, **params: Any) -> LoraWeight:
-    """A scalar divisor goes to the scale."""
-    if isinstance(divisor, LoraWeight) or jax.numpy.ndim(divisor):
-        raise context.refuse([weight, divisor], "the quotient is elementwise")
-    one = jax.numpy.ones((), weight.scale.dtype)
-    factor = lax.div(one, lax.convert_element_type(divisor, weight.scale.dtype))
-    return weight.replace(w=_base(context, weight, divisor), scale=_times(weight.scale, factor))
-
-
-def _times(scale: jax.Array, factor: Any) -> jax.Array:
-    """The scale is float32, or wider where the factor is."""
-    wide = wide_dtype(scale.dtype, getattr(factor, "dtype", scale.dtype))
-    return lax.mul(scale.astype(wide), lax.broadcast(lax.convert_element_type(factor, wide), scale.shape))

@@ -1,0 +1,338 @@
+"""Rules for linear algebra on weights: sums, joined, scaled, padded and reduced weights, and products of two.
+
+Each gives a LoraWeight whose base is the equation's own result. Where two weights meet, their factors
+are stacked along the rank: A₁B₁ + A₂B₂ = [A₁ A₂][B₁; B₂].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as p
+
+from lora_jax.interpret import Context, bind, register
+from lora_jax.rules.linear import scaled
+from lora_jax.rules.shape import broadcasted, only, per_axis
+from lora_jax.weight import AxisKind, LoraWeight, joint_path, wide_dtype
+
+
+def _base(context: Context, *operands: Any) -> jax.Array:
+    return bind(context.eqn, [x.w if isinstance(x, LoraWeight) else x for x in operands])[0]
+
+
+# Weights of one form
+
+
+def flipped(weight: LoraWeight) -> LoraWeight:
+    """The same weight with in axes called out and out axes in: of (A B)ᵀ = Bᵀ Aᵀ the right side."""
+    n = len(weight.axes_of("batch"))
+    swap: dict[AxisKind, AxisKind] = {"in": "out", "out": "in"}
+    a_order = [*range(n), *range(n + 1, weight.b.ndim), n]
+    b_order = [*range(n), weight.a.ndim - 1, *range(n, weight.a.ndim - 1)]
+    return weight.replace(
+        a=lax.transpose(weight.b, a_order),
+        b=lax.transpose(weight.a, b_order),
+        axes=tuple(swap.get(kind, kind) for kind in weight.axes),
+    )
+
+
+def relabelled(weight: LoraWeight, axes: Sequence[AxisKind]) -> LoraWeight | None:
+    """The same weight with other kinds of axes, or None: an axis of size one may be of any kind."""
+
+    def fits(kinds: Sequence[AxisKind]) -> bool:
+        return all(n == 1 or k == new for n, k, new in zip(weight.w.shape, kinds, axes, strict=True))
+
+    if not fits(weight.axes):
+        weight = flipped(weight)
+        if not fits(weight.axes):
+            return None
+    changed = [i for i, kind in enumerate(weight.axes) if kind != axes[i]]
+    if not changed:
+        return weight
+
+    def thin(factor: jax.Array, where: Any) -> jax.Array:
+        return lax.squeeze(factor, [place for i in changed if (place := where(i)) is not None])
+
+    thinned = per_axis(weight, weight.w, thin)
+
+    def thick(factor: jax.Array, kinds: Sequence[str]) -> jax.Array:
+        order = [i for kind in kinds for i, k in enumerate(axes) if k == kind]
+        rank = len(axes)  # stands for the rank axis: behind a's in axes, before b's out axes
+        order.insert(len(order) if "in" in kinds else sum(k == "batch" for k in axes), rank)
+        if kinds == ("batch",):
+            order.remove(rank)
+        return lax.expand_dims(factor, [place for place, i in enumerate(order) if i in changed])
+
+    return thinned.replace(
+        a=thick(thinned.a, ("batch", "in")),
+        b=thick(thinned.b, ("batch", "out")),
+        scale=thick(thinned.scale, ("batch",)),
+        axes=tuple(axes),
+    )
+
+
+def _alike(context: Context, weights: Sequence[LoraWeight], axes: Sequence[AxisKind]) -> list[LoraWeight]:
+    """The weights with these kinds of axes; refused where a weight has others, or drops at another rate."""
+    alike = []
+    for weight in weights:
+        found = relabelled(weight, axes)
+        if found is None:
+            raise context.refuse(weights, f"it joins weights with axes {tuple(axes)} and {weight.axes}")
+        alike.append(found)
+    if context.key is not None and len({weight.dropout for weight in weights}) > 1:
+        raise context.refuse(weights, "it joins weights with different rates of dropout")
+    return alike
+
+
+def _joined(w: jax.Array, a: jax.Array, b: jax.Array, weights: Sequence[LoraWeight]) -> LoraWeight:
+    """A weight whose scales are in b already."""
+    first = weights[0]
+    dtype = wide_dtype(*(weight.scale.dtype for weight in weights))
+    shape = b.shape[: len(first.axes_of("batch"))]
+    return first.replace(
+        w=w, a=a, b=b, scale=jnp.ones(shape, dtype), path=joint_path(weight.path for weight in weights)
+    )
+
+
+def _concatenated(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    dtype = wide_dtype(*(x.dtype for x in arrays))
+    return lax.concatenate([lax.convert_element_type(x, dtype) for x in arrays], axis)
+
+
+def _repeated(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
+    """The weight as elementwise operations see it: its axes of size one are as long as the result's."""
+    if weight.w.shape == tuple(shape):
+        return weight
+    w = lax.broadcast_in_dim(weight.w, shape, range(len(shape)))
+    return broadcasted(weight, w, range(len(shape)))
+
+
+# Sums
+
+
+def _sum(context: Context, w: jax.Array, x: Any, y: Any) -> LoraWeight:
+    """The sum of two weights, or of a weight and an array, of which only the base changes."""
+    weights = [v for v in (x, y) if isinstance(v, LoraWeight)]
+    weights = [_repeated(weight, w.shape) for weight in weights]
+    if len(weights) == 1:
+        return weights[0].replace(w=w)
+    x, y = _alike(context, weights, weights[0].axes)
+    rank = len(x.axes_of("batch"))
+    a = _concatenated([x.a, y.a], x.a.ndim - 1)
+    b = _concatenated([scaled(x.b, x.scale), scaled(y.b, y.scale)], rank)
+    return _joined(w, a, b, [x, y])
+
+
+@register(p.add_p, p.add_jaxvals_p)
+def add(context: Context, x: Any, y: Any, **params: Any) -> LoraWeight:
+    """W₁ + W₂ stacks the factors; a weight plus an array keeps them."""
+    return _sum(context, _base(context, x, y), x, y)
+
+
+@register(p.sub_p)
+def sub(context: Context, x: Any, y: Any, **params: Any) -> LoraWeight:
+    """W₁ - W₂ = W₁ + (-W₂)."""
+    minus = y.replace(scale=lax.neg(y.scale)) if isinstance(y, LoraWeight) else y
+    return _sum(context, _base(context, x, y), x, minus)
+
+
+@register(p.concatenate_p)
+def concatenate(context: Context, *operands: Any, dimension: int) -> LoraWeight:
+    """Along an in or an out axis the factor that holds it becomes block-diagonal; layers are stacked.
+
+    An array among the operands has a zero update.
+    """
+    return _concatenate(context, _base(context, *operands), operands, dimension)
+
+
+@register("stack")
+def stack(context: Context, *operands: Any, axis: int) -> LoraWeight:
+    """Weights along a new axis, of the kind batch."""
+
+    def expanded(x: Any) -> Any:
+        if not isinstance(x, LoraWeight):
+            return lax.expand_dims(x, [axis])
+        dimensions = [i for i in range(x.ndim + 1) if i != axis]
+        return broadcasted(x, lax.expand_dims(x.w, [axis]), dimensions)
+
+    return _concatenate(context, _base(context, *operands), [expanded(x) for x in operands], axis)
+
+
+def _concatenate(context: Context, w: jax.Array, operands: Sequence[Any], dimension: int) -> LoraWeight:
+    weights = [x for x in operands if isinstance(x, LoraWeight)]
+    axes = list(weights[0].axes)
+    if all(x.shape[dimension] == 1 for x in weights) and any(w.axes[dimension] == "unit" for w in weights):
+        axes[dimension] = "batch"  # jnp.stack: each operand was given an axis of size one
+    weights = _alike(context, weights, axes)
+    kind = axes[dimension]
+    if kind == "unit":
+        raise context.refuse(weights, "it joins arrays along an axis of the weight that has size one")
+    n = sum(k == "batch" for k in axes)
+    place = sum(k in ("batch", kind) for k in axes[:dimension])
+    if kind == "in":
+        place = n + sum(k == "in" for k in axes[:dimension])
+    elif kind == "out":
+        place = n + 1 + sum(k == "out" for k in axes[:dimension])
+    else:
+        place = sum(k == "batch" for k in axes[:dimension])
+    in_turn = iter(weights)
+    parts = [next(in_turn) if isinstance(x, LoraWeight) else x for x in operands]
+    ranks = [x.rank if isinstance(x, LoraWeight) else 0 for x in parts]
+    like = weights[0]
+
+    def block(factor: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+        config = [(0, 0, 0)] * factor.ndim
+        config[axis] = (before, after, 0)
+        return lax.pad(factor, jnp.zeros((), factor.dtype), config)
+
+    def zeros(factor: jax.Array, axis: int, rank_axis: int | None, rank: int, size: int) -> jax.Array:
+        shape = list(factor.shape)
+        shape[axis] = size
+        if rank_axis is not None:
+            shape[rank_axis] = rank
+        return jnp.zeros(shape, factor.dtype)
+
+    if kind == "batch":
+        rank = max(ranks)
+        a, b, scale = [], [], []
+        for x in parts:
+            if isinstance(x, LoraWeight):
+                a.append(block(x.a, x.a.ndim - 1, 0, rank - x.rank))
+                b.append(block(x.b, n, 0, rank - x.rank))
+                scale.append(x.scale)
+            else:
+                size = x.shape[dimension]
+                a.append(zeros(like.a, place, like.a.ndim - 1, rank, size))
+                b.append(zeros(like.b, place, n, rank, size))
+                scale.append(zeros(like.scale, place, None, 0, size))
+        joined = _joined(w, _concatenated(a, place), _concatenated(b, place), weights)
+        return joined.replace(scale=_concatenated(scale, place), axes=tuple(axes))
+
+    def blocks(factors: Sequence[jax.Array], rank_axis: int) -> jax.Array:
+        done, total, found = 0, sum(ranks), []
+        given = iter(factors)
+        for x, rank in zip(parts, ranks, strict=True):
+            if isinstance(x, LoraWeight):
+                found.append(block(next(given), rank_axis, done, total - done - rank))
+                done += rank
+            else:
+                found.append(zeros(factors[0], place, rank_axis, total, x.shape[dimension]))
+        return _concatenated(found, place)
+
+    scaled_b = [scaled(x.b, x.scale) for x in weights]
+    if kind == "in":
+        return _joined(
+            w, blocks([x.a for x in weights], like.a.ndim - 1), _concatenated(scaled_b, n), weights
+        )
+    a = _concatenated([x.a for x in weights], like.a.ndim - 1)
+    return _joined(w, a, blocks(scaled_b, n), weights)
+
+
+# Scaling
+
+
+@register(p.neg_p)
+def neg(context: Context, weight: LoraWeight, **params: Any) -> LoraWeight:
+    """The sign goes to the scale."""
+    return weight.replace(w=_base(context, weight), scale=lax.neg(weight.scale))
+
+
+@register(p.mul_p)
+def mul(context: Context, x: Any, y: Any, **params: Any) -> LoraWeight:
+    """A scalar goes to the scale, a vector along in axes to a, one along out axes to b."""
+    if isinstance(x, LoraWeight) and isinstance(y, LoraWeight):
+        raise context.refuse([x, y], "the product of two weights is elementwise")
+    weight, factor = (x, y) if isinstance(x, LoraWeight) else (y, x)
+    return _times(context, weight, factor, _base(context, x, y))
+
+
+@register(p.div_p)
+def div(context: Context, weight: Any, divisor: Any, **params: Any) -> LoraWeight:
+    """As the product with one over the divisor."""
+    if isinstance(divisor, LoraWeight):
+        raise context.refuse([weight, divisor], "it divides by the weight")
+    dtype = wide_dtype(weight.scale.dtype, divisor.dtype)
+    inverse = lax.div(jnp.ones(jnp.shape(divisor), dtype), lax.convert_element_type(divisor, dtype))
+    return _times(context, weight, inverse, _base(context, weight, divisor))
+
+
+def _times(context: Context, weight: LoraWeight, factor: Any, w: jax.Array) -> LoraWeight:
+    shape = jnp.shape(factor) or (1,) * len(weight.axes)
+    weight = _repeated(weight, w.shape)
+    varies = {weight.axes[i] for i, n in enumerate(shape) if n != 1}
+    if {"in", "out"} <= varies:
+        raise context.refuse([weight], f"the product with an array of shape {shape} is elementwise")
+    # The array in the order of a factor's axes, of size one along those that it does not depend on.
+    taken: list[AxisKind] = ["batch"] + [kind for kind in ("in", "out") if kind in varies]  # type: ignore
+    held = [i for kind in taken for i in weight.axes_of(kind)]
+    rest = [i for i in range(len(shape)) if i not in held]
+    factor = lax.reshape(jnp.asarray(factor), shape)
+    factor = lax.squeeze(lax.transpose(factor, [*held, *rest]), range(len(held), len(shape)))
+
+    def product(part: jax.Array, rank_axis: int | None) -> jax.Array:
+        dtype = wide_dtype(part.dtype, factor.dtype)
+        by = lax.convert_element_type(factor, dtype)
+        by = by if rank_axis is None else lax.expand_dims(by, [rank_axis])
+        return lax.convert_element_type(part, dtype) * by
+
+    if "in" in varies:
+        return weight.replace(w=w, a=product(weight.a, weight.a.ndim - 1))
+    if "out" in varies:
+        return weight.replace(w=w, b=product(weight.b, len(weight.axes_of("batch"))))
+    return weight.replace(w=w, scale=product(weight.scale, None))
+
+
+@register(p.pad_p)
+def pad(context: Context, *operands: Any, padding_config: Sequence[tuple[int, int, int]]) -> LoraWeight:
+    """The update is zero where the base is padding, whatever the padding's value."""
+    weight = only(context, operands)
+
+    def act(factor: jax.Array, where: Any) -> jax.Array:
+        config = [(0, 0, 0)] * factor.ndim
+        for axis, low_high_interior in enumerate(padding_config):
+            place = where(axis)
+            if place is not None:
+                config[place] = low_high_interior
+        return lax.pad(factor, jnp.zeros((), factor.dtype), config)
+
+    w = _base(context, weight, operands[1])
+    if any(weight.axes[i] == "unit" and n != 1 for i, n in enumerate(w.shape)):
+        raise context.refuse([weight], "it pads an axis of the weight that has size one")
+    return per_axis(weight, w, act)
+
+
+# Reductions
+
+
+@register(p.reduce_sum_p)
+def reduce_sum(context: Context, weight: LoraWeight, *, axes: Sequence[int], **params: Any) -> LoraWeight:
+    """A sum over in or out axes reduces one factor; one over layers moves them to the rank."""
+    w = _base(context, weight)
+    layers = [i for i in axes if weight.axes[i] == "batch"]
+    for i in sorted(layers, reverse=True):
+        weight = _layers_to_rank(weight, i)
+
+    def act(factor: jax.Array, where: Any) -> jax.Array:
+        return lax.reduce_sum(factor, [place for i in axes if (place := where(i)) is not None])
+
+    kept = tuple(kind for i, kind in enumerate(weight.axes) if i not in axes)
+    return per_axis(weight, w, act).replace(axes=kept)
+
+
+def _layers_to_rank(weight: LoraWeight, axis: int) -> LoraWeight:
+    """Σ over a batch axis of s·A·B, with the axis left behind as a unit axis: the rank grows by its size."""
+    n = len(weight.axes_of("batch"))
+    place = weight.axes_of("batch").index(axis)
+    rank = weight.w.shape[axis] * weight.rank
+    others = [i for i in range(n) if i != place]
+    a_rest, b = list(range(n, weight.a.ndim - 1)), scaled(weight.b, weight.scale)
+    a = lax.transpose(weight.a, [*others, *a_rest, place, weight.a.ndim - 1])
+    b = lax.transpose(b, [*others, place, *range(n, b.ndim)])
+    a = lax.reshape(a, (*a.shape[:-2], rank))
+    b = lax.reshape(b, (*b.shape[: n - 1], rank, *b.shape[n + 1 :]))
+    axes = tuple("unit" if i == axis else kind for i, kind in enumerate(weight.axes))
+    return weight.replace(a=a, b=b, scale=jnp.ones(b.shape[: n - 1], weight.scale.dtype), axes=axes)
