@@ -13,7 +13,7 @@ from cases import CASES
 from jax.extend.core import Literal
 
 import lora_jax
-from lora_jax.rules.control import _scan_parts
+from lora_jax.rules.control import scan_parts
 from lora_jax.weight import LoraWeight, is_wrapped_leaf
 
 DATA = "data"
@@ -39,7 +39,7 @@ def inner_jaxprs(eqn):
 def carried(eqn):
     """Where a loop's carry begins among its body's inputs, and how long it is."""
     if eqn.primitive.name == "scan":
-        return _scan_parts(eqn.params)
+        return scan_parts(eqn.params)
     if eqn.primitive.name == "while":
         return eqn.params["body_nconsts"], len(eqn.outvars)
     return 0, 0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import weight
+from cases import CASES, weight
 from jax import lax
 
 import lora_jax
@@ -27,7 +27,7 @@ def _own_vjp(w, x):
     return x @ w
 
 
-_own_vjp.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
+_own_vjp.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (jnp.sign(saved[1].T @ g), g @ saved[0].T))
 
 REFUSED = {
     "sin": lambda w, x: x @ jnp.sin(w),
@@ -44,7 +44,6 @@ REFUSED = {
     "a branch returns": lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: jnp.zeros_like(w)),
     "carry": lambda w, x: lax.scan(lambda c, _: (w, None), x[:, :4].T @ x, None, length=2)[0],
     "custom_jvp_call": lambda w, x: _own_jvp(w, x),
-    "custom_vjp_call": lambda w, x: _own_vjp(w, x),
     "int32": lambda w, x: x @ w.astype(jnp.int32).astype(x.dtype),
 }
 
@@ -151,3 +150,32 @@ def test_weights_stacked_after_they_were_made_are_an_error_that_says_where_vmap_
     with pytest.raises(ValueError, match=r"layer/kernel.*jax\.vmap\(lora_jax\.lora\(fn\)"):
         lora_jax.lora(jax.vmap(fn, in_axes=(0, None)))(stacked, X)
     assert jax.vmap(lora_jax.lora(fn), in_axes=(0, None))(stacked, X).shape == (2, 2, 4)
+
+
+def test_a_backward_pass_that_is_not_a_product_is_refused():
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float64)
+    x = X.astype(jnp.float64)
+
+    def loss(b, **options):
+        return jnp.sum(lora_jax.lora(lambda w, x: _own_vjp(w, x), **options)(w.replace(b=b), x))
+
+    message = (
+        r"'layer/kernel': `custom_vjp_call` at .*test_refusals\.py.*makes the weight's gradient by `sign`"
+    )
+    with pytest.raises(lora_jax.RefusedError, match=message):
+        jax.grad(loss)(w.b)
+    expected = jax.grad(lambda b: jnp.sum(_own_vjp(w.replace(b=b).dense(), x)))(w.b)
+    np.testing.assert_allclose(
+        jax.grad(lambda b: loss(b, densify="layer"))(w.b), expected, rtol=0, atol=1e-12
+    )
+
+
+def test_the_base_has_a_gradient_through_a_backward_pass_of_its_own():
+    case = next(case for case in CASES if case.name == "custom_vjp_of_a_weight")
+    tree, inputs = case.wrapped(jnp.float64, False), case.inputs(jnp.float64)
+
+    def gradient(fn):
+        return jax.grad(lambda w: jnp.sum(fn({"w": tree["w"].replace(w=w)}, *inputs)))(tree["w"].w)
+
+    expected = gradient(lambda t, *xs: case.fn({"w": t["w"].dense()}, *xs))
+    np.testing.assert_allclose(gradient(lora_jax.lora(case.fn)), expected, rtol=0, atol=1e-12)

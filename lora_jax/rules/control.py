@@ -36,7 +36,7 @@ def _run(jaxpr: Any, operands: Sequence[Any], key: Any, densify: frozenset[str])
     return evaluate(Closed(jaxpr), operands, key, densify)
 
 
-def _kept(
+def kept(
     make: Callable[..., Callable[..., Any]],
     context: Context,
     operands: Any,
@@ -87,7 +87,7 @@ def jit(context: Context, *operands: Any, jaxpr: Any, **params: Any) -> list[Any
     outs = tuple(_sharding(s) for s in params["out_shardings"])
     options = tuple(params.get("compiler_options_kvs") or ())
     statics = (jaxpr, params["name"], params["inline"], params["keep_unused"], ins, outs, options)
-    return _kept(_jitted, context, list(operands), *statics, key=context.key)
+    return kept(_jitted, context, list(operands), *statics, key=context.key)
 
 
 def _sharding(sharding: Any) -> Any:
@@ -127,7 +127,7 @@ def remat(
     context: Context, *operands: Any, jaxpr: Any, policy: Any, prevent_cse: Any, differentiated: bool
 ) -> list[Any]:
     """The body is interpreted under `jax.checkpoint` with the same policy, but for the branch's dots."""
-    return _kept(_rematted, context, list(operands), jaxpr, policy, prevent_cse, key=context.key)
+    return kept(_rematted, context, list(operands), jaxpr, policy, prevent_cse, key=context.key)
 
 
 def _rematted(densify: Any, jaxpr: Any, policy: Any, prevent_cse: Any) -> Any:
@@ -192,7 +192,7 @@ def shard_map(
     """Each shard runs with its part of the weight: a is split along in axes as w is, b along out axes."""
     manual = params["newly_manual_axes"]
     statics = (jaxpr, mesh, tuple(in_specs), tuple(out_specs), check_vma, frozenset(manual))
-    return _kept(_sharded, context, list(operands), *statics, key=context.key)
+    return kept(_sharded, context, list(operands), *statics, key=context.key)
 
 
 def _sharded(
@@ -275,7 +275,7 @@ def scan(
     if context.key is not None:
         keys = jax.random.split(context.key, length)
     statics = (jaxpr, length, reverse, unroll)
-    carry, ys = _kept(_scanned, context, (consts, carry, xs), *statics, key=keys)
+    carry, ys = kept(_scanned, context, (consts, carry, xs), *statics, key=keys)
     return [*carry, *ys]
 
 
@@ -312,7 +312,7 @@ def while_(
     cond_consts = list(operands[:cond_nconsts])
     body_consts = list(operands[cond_nconsts : cond_nconsts + body_nconsts])
     carry = list(operands[cond_nconsts + body_nconsts :])
-    return _kept(_looped, context, (cond_consts, body_consts, carry), cond_jaxpr, body_jaxpr, key=context.key)
+    return kept(_looped, context, (cond_consts, body_consts, carry), cond_jaxpr, body_jaxpr, key=context.key)
 
 
 def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
@@ -348,7 +348,7 @@ def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
 @register(p.cond_p)
 def cond(context: Context, index: Any, *operands: Any, branches: Sequence[Any], **params: Any) -> list[Any]:
     """Every branch is interpreted; none may return a weight."""
-    out = _kept(_switched, context, (index, list(operands)), tuple(branches), key=context.key)
+    out = kept(_switched, context, (index, list(operands)), tuple(branches), key=context.key)
     return out
 
 
@@ -371,14 +371,3 @@ def _switched(densify: Any, branches: Sequence[Any]) -> Any:
         return lax.switch(index, [functools.partial(branch, jaxpr) for jaxpr in branches], values, key)
 
     return jax.jit(run, inline=True)
-
-
-# Functions with a derivative of their own: where no weight enters they are bound as they are.
-
-
-@register(p.custom_jvp_call_p, p.custom_vjp_call_p)
-def custom_derivative(context: Context, *operands: Any, **params: Any) -> Any:
-    """A weight inside would lose the function's own derivative rule, so it is refused."""
-    raise context.refuse(
-        operands, "the function has a derivative rule of its own, which knows nothing of the factors"
-    )

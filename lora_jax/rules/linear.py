@@ -43,10 +43,11 @@ def factor_labels(weight: LoraWeight, labels: Sequence[Label]) -> tuple[tuple[La
 
 def scaled(b: jax.Array, scale: jax.Array) -> jax.Array:
     """s·b; the scale has b's leading axes, those of the batch."""
-    return lax.mul(b, lax.broadcast_in_dim(_as(scale, b.dtype), b.shape, range(scale.ndim)))
+    return lax.mul(b, lax.broadcast_in_dim(as_dtype(scale, b.dtype), b.shape, range(scale.ndim)))
 
 
-def _as(x: jax.Array, dtype: Any) -> jax.Array:
+def as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """The array in a dtype; the same one where it has it."""
     return lax.convert_element_type(x, dtype) if x.dtype != dtype else x
 
 
@@ -128,7 +129,7 @@ def _sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
 
 def add_branch(context: Context, base: jax.Array, branch: jax.Array) -> jax.Array:
     """Base + branch, added in the branch's dtype and rounded once to the base's."""
-    total = _as(lax.add(_as(base, branch.dtype), branch), base.dtype)
+    total = as_dtype(lax.add(as_dtype(base, branch.dtype), branch), base.dtype)
     aval: Any = context.eqn.outvars[0].aval
     if aval.weak_type:
         total = p.convert_element_type_p.bind(total, new_dtype=aval.dtype, weak_type=True, sharding=None)
@@ -171,7 +172,10 @@ class _Plan(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _branch(plan: _Plan, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """Σ x · a · s·b over the labels that the output does not have, in x's dtype and the output's order."""
-    first, second = Labelled(_as(a, x.dtype), plan.a), Labelled(scaled(_as(b, x.dtype), scale), plan.b)
+    first, second = (
+        Labelled(as_dtype(a, x.dtype), plan.a),
+        Labelled(scaled(as_dtype(b, x.dtype), scale), plan.b),
+    )
     keep = set(plan.out)
 
     def summed(factor: Labelled) -> int:
@@ -273,7 +277,7 @@ def dot_general(
     units = {w_labels[i] for i in weight.axes_of("unit")}
     gone = [j for j, label in enumerate(x_labels) if label in units]
     dtype = wide_dtype(x.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
-    entry = dropped(context, _as(x, dtype), weight.dropout)
+    entry = dropped(context, as_dtype(x, dtype), weight.dropout)
     entry = lax.squeeze(entry, gone) if gone else entry
     operand = Labelled(entry, tuple(label for label in x_labels if label not in units))
     kept = [label for label in out_labels if label not in units]
@@ -313,11 +317,11 @@ def _product_of_weights(
         a_labels, b_labels = (
             [rank if s == RANK else s for s in x] for x in factor_labels(weight, axis_labels)
         )
-        a = Labelled(_as(weight.a, dtype), tuple(a_labels))
-        b = Labelled(_as(weight.b, dtype), tuple(b_labels))
+        a = Labelled(as_dtype(weight.a, dtype), tuple(a_labels))
+        b = Labelled(as_dtype(weight.b, dtype), tuple(b_labels))
         return (a, b) if weight.axes[summed[0]] == "out" else (b, a)
 
-    w1, w2 = (Labelled(_as(x.w, dtype), tuple(s)) for x, s in zip((lhs, rhs), labels, strict=True))
+    w1, w2 = (Labelled(as_dtype(x.w, dtype), tuple(s)) for x, s in zip((lhs, rhs), labels, strict=True))
     far1, near1 = parts(lhs, labels[0], (RANK, 1), sums[0])
     far2, near2 = parts(rhs, labels[1], (RANK, 2), sums[1])
     batch: tuple[Label, ...] = tuple(labels[0][i] for i in batches[0])
@@ -389,11 +393,11 @@ def ragged_dot(
         x_labels[j] = w_labels[i]
     ragged = x_labels[dims.lhs_ragged_dimensions[0]]
     dtype = wide_dtype(lhs.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
-    x = Labelled(dropped(context, _as(lhs, dtype), weight.dropout), tuple(x_labels))
+    x = Labelled(dropped(context, as_dtype(lhs, dtype), weight.dropout), tuple(x_labels))
     a_labels, b_labels = factor_labels(weight, w_labels)
     factors = [
-        Labelled(_as(weight.a, dtype), a_labels),
-        Labelled(scaled(_as(weight.b, dtype), weight.scale), b_labels),
+        Labelled(as_dtype(weight.a, dtype), a_labels),
+        Labelled(scaled(as_dtype(weight.b, dtype), weight.scale), b_labels),
     ]
     factors.sort(key=lambda factor: not any(w_labels[i] in factor.labels for i in w_sum))
     plain = _plain_precision(precision, swap=False)
@@ -502,7 +506,7 @@ def gather(
         batch = [("w", i) for i in weight.axes_of("batch") if i in stays]
         own = [("w", i) for i in held if i in stays and weight.axes[i] == kind]
         tail = [*batch, *own, RANK] if rank_last else [*batch, RANK, *own]
-        return Labelled(_as(factor, dtype), (*(index_labels if touched else ()), *tail))
+        return Labelled(as_dtype(factor, dtype), (*(index_labels if touched else ()), *tail))
 
     a, b = label(picked.a, "in", True), label(picked.b, "out", False)
     units = [
@@ -594,11 +598,11 @@ def conv(context: Context, lhs: Any, rhs: Any, **params: Any) -> Any:
             f"its input features are an {feature_in!r} axis and its output features an {feature_out!r} axis",
         )
     dtype = wide_dtype(lhs.dtype, weight.a.dtype, weight.b.dtype, base.dtype)
-    x = dropped(context, _as(lhs, dtype), weight.dropout)
+    x = dropped(context, as_dtype(lhs, dtype), weight.dropout)
     labels = list(range(len(weight.axes)))
     a_labels, b_labels = factor_labels(weight, labels)
-    a = Labelled(_as(weight.a, dtype), a_labels)
-    b = Labelled(scaled(_as(weight.b, dtype), weight.scale), b_labels)
+    a = Labelled(as_dtype(weight.a, dtype), a_labels)
+    b = Labelled(scaled(as_dtype(weight.b, dtype), weight.scale), b_labels)
     first, second = (a, b) if in_axis in a.labels else (b, a)
     plain = {k: params[k] for k in ("dimension_numbers", "precision")}
     plain["precision"] = _plain_precision(params["precision"], swap=False)

@@ -81,7 +81,8 @@ def permuted(weight: LoraWeight, w: jax.Array, permutation: Sequence[int]) -> Lo
     """The weight whose axes are `permutation` of this one's, with the base already transposed."""
 
     def act(factor: jax.Array, where: Callable[[int], int | None]) -> jax.Array:
-        order = [i for i in map(where, permutation) if i is not None]
+        held = sorted(permutation, key=lambda i: weight.axes[i] != "batch")  # stably: batch axes come first
+        order = [i for i in map(where, held) if i is not None]
         rank = sorted(set(range(factor.ndim)) - set(order))
         # The rank axis stays where it is: behind the in axes of a, before the out axes of b.
         for place in rank:

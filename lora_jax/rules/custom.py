@@ -1,0 +1,292 @@
+"""Functions with a backward pass of their own, and a weight inside.
+
+The function's own backward pass makes the gradient of the whole weight, dW. That of a is dW·(sB)ᵀ, of
+b it is (sA)ᵀ·dW. So the jaxpr of the backward pass is followed from dW back to the products that make
+it, and the factors are contracted with their operands: dW itself is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Literal
+from jax.extend.core import primitives as p
+
+from lora_jax.interpret import Context, RefusedError, evaluate, register
+from lora_jax.rules.control import Closed
+from lora_jax.rules.linear import Label, Labelled, as_dtype, contract, factor_labels, scaled
+from lora_jax.weight import LoraWeight, wide_dtype
+
+
+@register(p.custom_jvp_call_p)
+def custom_jvp(context: Context, *operands: Any, **params: Any) -> Any:
+    """A weight inside would lose the function's own derivative rule, so it is refused."""
+    raise context.refuse(
+        operands, "the function has a derivative rule of its own, which knows nothing of the factors"
+    )
+
+
+@register(p.custom_vjp_call_p)
+def custom_vjp(context: Context, *operands: Any, **params: Any) -> list[Any]:
+    """The body is interpreted; its own backward pass gives the gradients of the factors."""
+    if context.key is not None and any(isinstance(x, LoraWeight) and x.dropout for x in operands):
+        raise context.refuse(operands, "its own backward pass could not drop the entries that it drops")
+    try:
+        return _with_vjp(context, params)(list(operands))
+    except RefusedError as error:
+        raise error.located({}, context.where) from None
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, LoraWeight)
+
+
+def _with_vjp(context: Context, params: dict[str, Any]) -> Callable[..., list[Any]]:
+    densify, primitive = context.densify, context.eqn.primitive
+
+    def bare(*values: Any) -> list[Any]:
+        return primitive.bind(*values, **primitive.get_bind_params(params))
+
+    @jax.custom_vjp
+    def run(operands: Any) -> list[Any]:
+        out = evaluate(Closed(params["call_jaxpr"]), operands, None, densify)
+        paths = [path for x in out if _is_weight(x) for path in x.paths]
+        if paths:
+            raise RefusedError(paths, "custom_vjp_call", "", "the function returns the weight itself")
+        return out
+
+    def forward(marked: Any) -> tuple[Any, Any]:
+        operands = jax.tree.map(lambda x: x.value, marked, is_leaf=_is_marked)
+        # Whether a base is differentiated too; a structure says it, since residuals are arrays.
+        asked = [x.w.perturbed if _is_weight(x) else False for x in marked]
+        return run(operands), (operands, [() if yes else None for yes in asked])
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        operands, asked = saved
+        cotangents = [_instantiated(x) for x in cotangents]
+        try:
+            return (_gradients(bare, operands, [x is not None for x in asked], cotangents, densify),)
+        except RefusedError as error:
+            raise error.located({}, context.where) from None
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run
+
+
+def _instantiated(x: Any) -> Any:
+    if not isinstance(x, SymbolicZero):
+        return x
+    aval: Any = x.aval
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def _is_marked(x: Any) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def _gradients(
+    bare: Callable[..., Any], operands: Sequence[Any], asked: Sequence[bool], cotangents: Any, densify: Any
+) -> list[Any]:
+    """The gradients of all operands: of a LoraWeight those of a and b, and of w if it is asked for."""
+    n = len(operands)
+    floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands]
+
+    def pull(*values: Any) -> list[Any]:
+        def of_floats(*floats: Any) -> Any:
+            given = iter(floats)
+            return bare(*(next(given) if yes else x for x, yes in zip(values[:n], floating, strict=True)))
+
+        floats = [x for x, yes in zip(values[:n], floating, strict=True) if yes]
+        return list(jax.vjp(of_floats, *floats)[1](list(values[n:])))
+
+    bases = [x.w if _is_weight(x) else x for x in operands]
+    flat = jax.make_jaxpr(_inlined(jax.make_jaxpr(pull)(*bases, *cotangents)))(*bases, *cotangents)
+    jaxpr = Closed(flat).jaxpr
+    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    results = iter(jaxpr.outvars)
+    outvars = [next(results) if yes else None for yes in floating]
+
+    products: dict[int, list[_Product]] = {}
+    wanted: list[Any] = []
+    for i, (x, var) in enumerate(zip(operands, outvars, strict=True)):
+        if _is_weight(x):
+            labels: list[Label] = [("w", k) for k in range(x.ndim)]
+            try:
+                products[i] = list(_products(made, var, labels, x))
+            except RefusedError:
+                if not densify.issuperset(x.paths):
+                    raise
+                products[i] = [_Product(var, tuple(labels), _ONE, (), (), 1)]
+            wanted += [v for product in products[i] for v in (product.x, product.y, *product.factors)]
+        if var is not None and (not _is_weight(x) or asked[i]):
+            wanted.append(var)
+    needed = list(dict.fromkeys(v for v in wanted if not isinstance(v, Literal) and v is not _ONE))
+    values = evaluate(_Needed(flat, needed), [*operands, *cotangents], None, densify)
+    value: dict[Any, Any] = dict(zip(needed, values, strict=True))
+
+    def read(v: Any) -> Any:
+        x: Any = jnp.ones(()) if v is _ONE else v.val if isinstance(v, Literal) else value[v]
+        if _is_weight(x):
+            raise RefusedError(x.paths, "custom_vjp_call", "", "its backward pass uses the weight as data")
+        return x
+
+    gradients: list[Any] = []
+    for i, (x, var) in enumerate(zip(operands, outvars, strict=True)):
+        if _is_weight(x):
+            a, b = _of_factors(x, products[i], read)
+            w = as_dtype(read(var), x.w.dtype) if asked[i] else None
+            gradients.append(x.replace(w=w, a=a, b=b, scale=None))
+        else:
+            gradients.append(None if var is None else read(var))
+    return gradients
+
+
+class _Needed:
+    """A closed jaxpr cut down to what some of its variables need."""
+
+    def __init__(self, whole: Any, outvars: Sequence[Any]):
+        jaxpr, needed, eqns = Closed(whole).jaxpr, set(outvars), []
+        for eqn in reversed(jaxpr.eqns):
+            if needed.intersection(eqn.outvars):
+                eqns.append(eqn)
+                needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+        self.jaxpr = SimpleNamespace(
+            invars=jaxpr.invars, constvars=jaxpr.constvars, eqns=eqns[::-1], outvars=list(outvars)
+        )
+        self.consts = Closed(whole).consts
+
+
+def _inlined(whole: Any) -> Callable[..., list[Any]]:
+    """The function of a jaxpr, without the jits in it."""
+
+    def run(*args: Any) -> list[Any]:
+        jaxpr = Closed(whole).jaxpr
+        env = dict(zip(jaxpr.constvars, Closed(whole).consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for eqn in jaxpr.eqns:
+            values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+            if eqn.primitive is p.jit_p:
+                outs = _inlined(eqn.params["jaxpr"])(*values)
+            else:
+                outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+                outs = outs if eqn.primitive.multiple_results else [outs]
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+    return run
+
+
+_ONE = object()  # in the place of a product's second operand
+
+
+class _Product(NamedTuple):
+    """A term of dW: the product of x and y over all labels that dW has not, times scalars."""
+
+    x: Any
+    x_labels: tuple[Label, ...]
+    y: Any
+    y_labels: tuple[Label, ...]
+    factors: tuple[Any, ...]
+    sign: int
+
+
+def _products(
+    made: dict[Any, Any], var: Any, labels: Sequence[Label], weight: LoraWeight
+) -> Iterator[_Product]:
+    """The products that a gradient of the weight is the sum of; refused where it is made otherwise."""
+    todo: list[tuple[Any, tuple[Label, ...], tuple[Any, ...], int]] = [(var, tuple(labels), (), 1)]
+    fresh = 0
+    while todo:
+        var, labels, factors, sign = todo.pop()
+        eqn = None if isinstance(var, Literal) else made.get(var)
+        if eqn is None:
+            why = "its backward pass hands on a gradient that it was given"
+            raise RefusedError(weight.paths, "custom_vjp_call", "", why)
+        name = eqn.primitive.name
+        match name:
+            case "dot_general":
+                (x_sum, y_sum), (x_batch, y_batch) = eqn.params["dimension_numbers"]
+                x, y = eqn.invars
+                x_labels, y_labels = [None] * x.aval.ndim, [None] * y.aval.ndim
+                given = iter(labels)
+                for i, j in zip(x_batch, y_batch, strict=True):
+                    x_labels[i] = y_labels[j] = next(given)
+                for i, j in zip(x_sum, y_sum, strict=True):
+                    x_labels[i] = y_labels[j] = ("sum", fresh)
+                    fresh += 1
+                x_labels = [next(given) if s is None else s for s in x_labels]
+                y_labels = [next(given) if s is None else s for s in y_labels]
+                yield _Product(x, tuple(x_labels), y, tuple(y_labels), factors, sign)
+            case "transpose":
+                order = eqn.params["permutation"]
+                todo.append(
+                    (eqn.invars[0], tuple(labels[order.index(i)] for i in range(len(order))), factors, sign)
+                )
+            case "convert_element_type" | "copy" | "sharding_constraint" | "reshard":
+                todo.append((eqn.invars[0], labels, factors, sign))
+            case "neg":
+                todo.append((eqn.invars[0], labels, factors, -sign))
+            case "add" | "add_any" | "sub":
+                todo.append((eqn.invars[0], labels, factors, sign))
+                todo.append((eqn.invars[1], labels, factors, -sign if name == "sub" else sign))
+            case "mul" if any(v.aval.ndim == 0 for v in eqn.invars):
+                scalar, array = sorted(eqn.invars, key=lambda v: v.aval.ndim)
+                todo.append((array, labels, (*factors, scalar), sign))
+            case "reduce_sum":
+                axes, kept = eqn.params["axes"], iter(labels)
+                new = [
+                    ("sum", fresh + i) if i in axes else next(kept) for i in range(eqn.invars[0].aval.ndim)
+                ]
+                fresh += len(new)
+                todo.append((eqn.invars[0], tuple(new), factors, sign))
+            case "broadcast_in_dim" if isinstance(eqn.invars[0], Literal) and eqn.invars[0].val == 0:
+                pass
+            case _:
+                raise RefusedError(
+                    weight.paths,
+                    "custom_vjp_call",
+                    "",
+                    f"its backward pass makes the weight's gradient by `{name}`",
+                )
+
+
+def _of_factors(
+    weight: LoraWeight, products: Sequence[_Product], read: Callable[[Any], Any]
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of a and b from the terms of dW."""
+    a_labels, b_labels = factor_labels(weight, [("w", k) for k in range(weight.ndim)])
+    batch = {("w", k) for k in weight.axes_of("batch")}
+    a = Labelled(weight.a, a_labels)
+    b = Labelled(scaled(as_dtype(weight.b, wide_dtype(weight.b.dtype)), weight.scale), b_labels)
+
+    def summed(factor: Labelled, wanted: tuple[Label, ...]) -> jax.Array:
+        total = None
+        for product in products:
+            sides = [Labelled(read(product.x), product.x_labels), Labelled(read(product.y), product.y_labels)]
+            # The factor first meets the operand that it shares more with, and leaves the smaller result.
+            sides.sort(key=lambda side: -len(set(side.labels) & set(factor.labels)))
+            dtype = wide_dtype(factor.array.dtype, *(side.array.dtype for side in sides))
+            first, second, third = (
+                Labelled(as_dtype(x.array, dtype), x.labels) for x in (sides[0], factor, sides[1])
+            )
+            middle = contract(first, second, batch | set(third.labels) | set(wanted), lax.Precision.HIGHEST)
+            term = contract(middle, third, set(wanted), lax.Precision.HIGHEST)
+            array = lax.transpose(term.array, [term.labels.index(s) for s in wanted])
+            for scalar in product.factors:
+                array = array * as_dtype(jnp.asarray(read(scalar)), array.dtype)
+            array = -array if product.sign < 0 else array
+            total = array if total is None else total + array
+        return total if total is not None else jnp.zeros(())
+
+    of_a, of_b = summed(b, a_labels), summed(a, b_labels)
+    of_b = scaled(of_b, weight.scale) if of_b.ndim else of_b
+    return tuple(
+        jnp.broadcast_to(as_dtype(x, like.dtype), like.shape)
+        for x, like in ((of_a, weight.a), (of_b, weight.b))
+    )  # type: ignore[return-value]
