@@ -1,6 +1,7 @@
 """LoRA for any JAX model, as a pure transform of its parameter tree."""
 
 from lora_jax import rules as rules
+from lora_jax.axes import infer_axes as infer_axes
 from lora_jax.check import check_merge as check_merge
 from lora_jax.checkpoint import load_adapter as load_adapter
 from lora_jax.checkpoint import read_adapter as read_adapter
@@ -15,6 +16,7 @@ from lora_jax.params import combine as combine
 from lora_jax.params import labels as labels
 from lora_jax.params import merge as merge
 from lora_jax.params import partition as partition
+from lora_jax.params import stack as stack
 from lora_jax.params import summary as summary
 from lora_jax.params import swap as swap
 from lora_jax.params import unmerge as unmerge

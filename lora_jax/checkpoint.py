@@ -224,7 +224,7 @@ def _encode(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(leaf, LoraWeight):
             parts = {"a": leaf.a, "b": leaf.b, "scale": leaf.scale}
             leaves[path] = {"kind": "lora", "axes": list(leaf.axes), "rank": leaf.rank}
-            leaves[path]["dropout"] = leaf.dropout
+            leaves[path] |= {"dropout": leaf.dropout, "blocks": leaf.blocks}
         else:
             parts = {"value": leaf.value}
             leaves[path] = {"kind": "full", "dtype": jnp.dtype(leaf.dtype).name}
@@ -257,8 +257,8 @@ def _decode(content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], target
         if entry["kind"] == "lora":
             # An abstract base, so that the constructor checks the factors against the axes.
             base = jax.ShapeDtypeStruct(shape, dtype)
-            axes, dropout = tuple(entry["axes"]), entry["dropout"]
-            leaf = LoraWeight(base, parts["a"], parts["b"], parts["scale"], axes, path, dropout)
+            axes, dropout, blocks = tuple(entry["axes"]), entry["dropout"], entry["blocks"]
+            leaf = LoraWeight(base, parts["a"], parts["b"], parts["scale"], axes, path, dropout, blocks)
             leaves[path] = leaf.replace(w=None, scale=parts["scale"])
         elif entry["kind"] == "full" and parts["value"].shape == shape:
             leaves[path] = FullWeight(parts["value"], entry["dtype"], path)

@@ -38,7 +38,7 @@ def shapes(w: Any, target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ((6, 8, 3), (6, 3, 4, 2))
     """
     batch, inner, outer = sizes(tuple(w.shape), target.axes)
-    return (*batch, *inner, target.rank), (*batch, target.rank, *outer)
+    return (*batch, *inner, target.columns), (*batch, target.columns, *outer)
 
 
 def default(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32) -> Factors:
@@ -127,7 +127,19 @@ def initialize(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32)
         w, a, b = INITIALIZERS[target.init](key, w, target, dtype)
     else:
         w, a, b = _custom(target.init, key, w, target, dtype)
+    if target.ranks:
+        a, b = _limited(a, b, target)
     return w, place(a, w), place(b, w)
+
+
+def _limited(a: Any, b: Any, target: Target) -> tuple[Any, Any]:
+    """The factors with zeros in what a layer's rank leaves of the largest: their gradients are zero too."""
+    n = target.axes.count("batch")
+    column = np.arange(target.columns) % target.rank
+    live = column < np.reshape(target.ranks, (*b.shape[:n], 1))
+    of_a = np.expand_dims(live, tuple(range(n, a.ndim - 1)))
+    of_b = np.expand_dims(live, tuple(range(n + 1, b.ndim)))
+    return jnp.where(of_a, a, jnp.zeros_like(a)), jnp.where(of_b, b, jnp.zeros_like(b))
 
 
 def _custom(init: Any, key: jax.Array, w: Any, target: Target, dtype: Any) -> Factors:

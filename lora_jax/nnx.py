@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from lora_jax.tree import leaves_with_path
 
 
@@ -49,6 +51,33 @@ def opened(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
                 "module itself, or nnx.state(module): a tree map would untie its shared Variables."
             )
     return tree, lambda new: new
+
+
+def apart(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A pytree with the graph nodes' joint state beside it, and the function that makes the tree anew.
+
+    The nodes it makes are new ones, so what a call mutates on them the tree's own do not see.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_graph_node)
+    nodes = tuple(leaf for leaf in leaves if is_graph_node(leaf))
+    if not nodes:
+        return tree, lambda new: new
+    is_node = [is_graph_node(leaf) for leaf in leaves]
+    graphdef, state = split(nodes)
+    held = [None if yes else leaf for leaf, yes in zip(leaves, is_node, strict=True)]
+
+    def together(new: Any) -> Any:
+        values, new_state = new
+        fresh = iter(merge(graphdef, new_state))
+        return treedef.unflatten([next(fresh) if yes else x for x, yes in zip(values, is_node, strict=True)])
+
+    return (held, state), together
+
+
+def is_other_variable(node: Any) -> bool:
+    """Whether a node of a tree is an NNX Variable that is no parameter: a statistic, a cache, a key."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param)
 
 
 def split(nodes: Any) -> tuple[Any, Any]:

@@ -58,6 +58,7 @@ def wrap(
     dropout: Any = 0.0,
     dtype: Any = jnp.float32,
     axes: Any = None,
+    parts: Any = None,
 ) -> Any:
     r"""Put a `LoraWeight` in the place of every target leaf: :math:`W` becomes :math:`W + s\,A B`.
 
@@ -72,8 +73,9 @@ def wrap(
         params: The parameters: Flax Linen's, an `nnx.State`, an `nnx.Module`, an Equinox module,
             Haiku's, or any pytree of arrays.
         rank: The rank r: an integer, {pattern: integer} (the first match counts), or a function of
-            path and leaf.
-        alpha: The scale's numerator, in the same three forms; by default the rank, so s = 1.
+            path and leaf. For stacked layers an integer may also be a list, one for every layer, in
+            which 0 leaves a layer as it is.
+        alpha: The scale's numerator, in the same forms; by default the rank, so s = 1.
         targets: What to adapt. By default every linear kernel (attention, MLP, convolution), but no
             embedding and no output head; "all" adds the head; else a pattern.
         exclude: A pattern of what not to adapt.
@@ -84,7 +86,11 @@ def wrap(
             `lora(fn, key=...)`.
         dtype: The dtype of a and b.
         axes: {pattern: kinds} for leaves whose axes names and siblings do not tell, with "batch",
-            "in", "out" or "unit" for each axis; or a function of path and leaf.
+            "in", "out" or "unit" for each axis; a function of path and leaf; or what `infer_axes` read
+            off the model's own trace.
+        parts: {pattern: ranges} for fused kernels of which only some parts are adapted, as ranges of the
+            flattened out axes: {"qkv": [(0, 64), (128, 192)]}. Each has `rank` columns of its own; a part
+            in several pieces is a list of ranges. The rest stays exactly as it is.
 
     Returns:
         A tree of the same structure, its targets wrapped. For an `nnx.Module`, a new module.
@@ -115,6 +121,7 @@ def wrap(
         init=init,
         dropout=dropout,
         axes=axes,
+        parts=parts,
         layouts=targets_lib.known_layouts(params),
     )
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -133,8 +140,11 @@ def wrap(
         _require_array(path, value)
         w, a, b = initializers.initialize(key, value, target, dtype)
         scale_dtype = wide_dtype(dtype)
-        scale = initializers.place(jnp.asarray(target.scale, scale_dtype), w)
-        return LoraWeight(w, a, b, scale, target.axes, path, target.dropout)
+        scale = jnp.asarray(target.scale, scale_dtype)
+        if scale.ndim:
+            scale = scale.reshape(sizes(tuple(w.shape), target.axes)[0])
+        scale = initializers.place(scale, w)
+        return LoraWeight(w, a, b, scale, target.axes, path, target.dropout, target.blocks)
 
     return close(map_with_path(leaf, tree))
 
@@ -327,7 +337,7 @@ def _hole_paths(tree: Any) -> list[str]:
 def _check_halves(path: str, trainable: Any, frozen: Any) -> None:
     match trainable, frozen:
         case LoraWeight(), LoraWeight():
-            fits = trainable.axes == frozen.axes and frozen.w is not None and trainable.w is None
+            fits = trainable.axes == frozen.axes and frozen.a is None and trainable.w is None
         case FullWeight(), FullWeight():
             fits = frozen.value is None
         case None, _:
@@ -347,8 +357,84 @@ def _kind(node: Any) -> str:
 
 def _joined(trainable: Any, frozen: Any) -> Any:
     if isinstance(trainable, LoraWeight):
-        return frozen.replace(a=trainable.a, b=trainable.b)
+        scale = frozen.scale if trainable.scale is None else trainable.scale
+        return frozen.replace(a=trainable.a, b=trainable.b, scale=scale)
     return frozen if trainable is None else trainable
+
+
+def stack(adapters: Sequence[Any]) -> Any:
+    """Several adapters of one base along a new first axis, to run or train them in one `jax.vmap`.
+
+    The base stays outside of the stack and is shared:
+
+        trainable, frozen = partition(adapters[0])
+        vmap(lambda t, x: lora(f)(combine(t, frozen), x))(stack(adapters), xs)
+
+    Smaller ranks are filled up with zero columns of a and zero rows of b, whose gradients are zero
+    too. The scales are stacked with them, so each adapter keeps its alpha; `partition(stacked)` parts
+    them from what is trained, and `combine` puts them back. One adapter of the stack is
+    `jax.tree.map(lambda x: x[i], stacked)`.
+
+    Args:
+        adapters: Wrapped trees of one base, with the same leaves adapted and trained in full.
+
+    Returns:
+        A tree like the first half of `partition`, whose arrays (a, b, scale; value) have a new first
+        axis. The base's leaves are None.
+
+    Raises:
+        ValueError: no adapter, or two that differ in their leaves, their axes or their blocks.
+
+    >>> base = {"mlp": {"kernel": jnp.ones((8, 4))}}
+    >>> two = [wrap(base, rank=2), wrap(base, rank=3, alpha=6, key=jax.random.key(1))]
+    >>> both = stack(two)
+    >>> both["mlp"]["kernel"].a.shape, both["mlp"]["kernel"].scale.tolist()
+    ((2, 8, 3), [1.0, 2.0])
+    """
+    if not adapters:
+        raise ValueError("stack was given no adapter; write stack([first, second, ...]) of wrapped trees.")
+    trees = [nnx.opened(tree)[0] for tree in adapters]
+    found = [_adapter_leaves(tree) for tree in trees]
+    lines = []
+    for number, leaves in enumerate(found[1:], 1):
+        for path in dict.fromkeys((*found[0], *leaves)):
+            first, other = found[0].get(path), leaves.get(path)
+            if first is None or other is None:
+                lines.append(f"{path}: only in adapter {0 if other is None else number}")
+            elif _form(first) != _form(other):
+                lines.append(f"{path}: {_form(first)} in adapter 0, {_form(other)} in adapter {number}")
+    if lines:
+        raise ValueError(f"stack: the adapters are not of one form:\n{_lines(lines)}")
+
+    def leaf(path: str, node: Any) -> Any:
+        if not is_wrapped_leaf(node):
+            return None
+        nodes: list[Any] = [leaves[path] for leaves in found]
+        if isinstance(node, FullWeight):
+            return node.replace(value=jnp.stack([n.value for n in nodes]))
+        rank, batch = max(n.rank for n in nodes), len(node.axes_of("batch"))
+        return node.replace(
+            w=None,
+            a=jnp.stack([_filled(n.a, -1, rank) for n in nodes]),
+            b=jnp.stack([_filled(n.b, batch, rank) for n in nodes]),
+            scale=jnp.stack([n.scale for n in nodes]),
+        )
+
+    return map_with_path(leaf, trees[0], is_leaf=is_wrapped_leaf)
+
+
+def _form(leaf: Any) -> Any:
+    """What must agree for two leaves to be stacked; of a blocked one the rank too."""
+    if isinstance(leaf, FullWeight):
+        return "trained in full", leaf.value.shape, leaf.value.dtype.name
+    rank = (leaf.rank, leaf.blocks) if leaf.blocks else ()
+    return leaf.axes, _base_shape(leaf), leaf.a.dtype.name, *rank
+
+
+def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
 
 
 def labels(trainable: Any) -> Any:
@@ -496,7 +582,7 @@ def attach(params: Any, adapter: Any, check: bool = True) -> Any:
 
 def _checked(path: str, leaf: LoraWeight) -> LoraWeight:
     """The same leaf through the constructor, which compares the shapes."""
-    return LoraWeight(leaf.w, leaf.a, leaf.b, leaf.scale, leaf.axes, path, leaf.dropout)
+    return LoraWeight(leaf.w, leaf.a, leaf.b, leaf.scale, leaf.axes, path, leaf.dropout, leaf.blocks)
 
 
 def _differences(tree: Any, leaves: Mapping[str, Leaf], known: Adapter | None) -> list[str]:
@@ -577,6 +663,7 @@ def swap(wrapped: Any, adapter: Any) -> Any:
         for what, here, there in (
             ("a", type(mine[path]).__name__, type(other).__name__),
             ("axes", getattr(mine[path], "axes", ()), getattr(other, "axes", ())),
+            ("blocks", getattr(mine[path], "blocks", ()), getattr(other, "blocks", ())),
             ("shape", tuple(mine[path].shape), _base_shape(other)),
         ):
             if here != there:
@@ -823,25 +910,44 @@ def summary(wrapped: Any) -> Summary:
 
 
 def _adapted_row(path: str, leaf: LoraWeight, size: int) -> Row:
-    _, inner, outer = sizes(tuple(leaf.w.shape), leaf.axes)
+    batch, inner, outer = sizes(tuple(leaf.w.shape), leaf.axes)
     m, n = math.prod(inner), math.prod(outer)
-    trained = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+    # Of each column of a: how many of b's entries count, and in which layers it is not zero for good.
+    widths = np.full(leaf.rank, 0 if leaf.blocks else n)
+    for (r0, r1), (o0, o1) in leaf.blocks:
+        widths[r0:r1] += o1 - o0
+    live = _live(leaf, len(batch))
+    parts = len({ranks for ranks, _ in leaf.blocks}) or 1
+    trained = int((live * (m + widths)).sum())
     return Row(
         path,
         tuple(leaf.shape),
         leaf.axes,
-        leaf.rank,
-        _alpha(leaf),
+        leaf.rank // parts,
+        _alpha(leaf, live.sum(-1) // parts),
         trained,
         size,
         "adapted",
-        wasteful=leaf.rank * (m + n) >= m * n,
+        wasteful=trained >= size,
     )
 
 
-def _alpha(leaf: LoraWeight) -> float | None:
-    scale = leaf.scale
-    if not isinstance(scale, jax.Array | np.ndarray) or isinstance(scale, Tracer):
+def _is_concrete(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
+
+
+def _live(leaf: LoraWeight, n: int) -> np.ndarray:
+    """For every layer and column of a whether it is trained: not if a and b are both zero there."""
+    shape = (*leaf.b.shape[:n], leaf.rank)
+    if not n or not (_is_concrete(leaf.a) and _is_concrete(leaf.b)):
+        return np.ones(shape, bool)
+    of_a = jnp.any(leaf.a != 0, axis=tuple(range(n, leaf.a.ndim - 1)))
+    of_b = jnp.any(leaf.b != 0, axis=tuple(range(n + 1, leaf.b.ndim)))
+    return np.asarray(jax.device_get(of_a | of_b))
+
+
+def _alpha(leaf: LoraWeight, ranks: np.ndarray) -> float | None:
+    if not _is_concrete(leaf.scale):
         return None
-    values = np.unique(np.asarray(jax.device_get(scale)))
-    return float(values[0]) * leaf.rank if values.size == 1 else None
+    values = np.unique((np.asarray(jax.device_get(leaf.scale)) * ranks)[ranks > 0])
+    return float(values[0]) if values.size == 1 else None

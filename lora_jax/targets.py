@@ -17,7 +17,7 @@ import numpy as np
 from flax.core import meta
 
 from lora_jax.tree import Pattern, compile_pattern, leaves_with_path, literal, matches, nearest
-from lora_jax.weight import AxisKind, check_axes, is_wrapped_leaf
+from lora_jax.weight import AxisKind, Block, check_axes, is_wrapped_leaf, sizes
 
 Shape = tuple[int, ...]
 Axes = tuple[AxisKind, ...]
@@ -33,28 +33,53 @@ class Target:
     Attributes:
         path: The leaf's path in its tree.
         axes: A kind for every axis of the leaf.
-        rank: The rank r of the update, at least 1.
-        alpha: The update is scaled by s = alpha / rank.
+        rank: The rank r of the update, at least 1; of stacked layers the largest.
+        alpha: The update is scaled by s = alpha / rank; a tuple if stacked layers differ.
         dropout: The rate at which entries of the branch's input are dropped in training.
         init: The name of an initializer, or a function `(key, w, target) -> (w, a, b)`.
         lookup: Whether the leaf is an embedding table, read by row.
+        ranks: The rank of every stacked layer in row-major order, if they differ; 0 leaves one as it is.
+        parts: The adapted parts of a fused kernel, each a tuple of ranges of the flattened out axes; each
+            has `rank` columns of its own. Empty if all of the kernel is adapted.
 
     >>> Target("mlp/kernel", ("in", "out"), rank=4, alpha=8.0).scale
     2.0
+    >>> Target("layers/kernel", ("batch", "in", "out"), rank=4, alpha=4.0, ranks=(4, 0, 2)).scale
+    (1.0, 0.0, 2.0)
     """
 
     path: str
     axes: Axes
     rank: int
-    alpha: float
+    alpha: float | tuple[float, ...]
     dropout: float = 0.0
     init: str | Callable[..., Any] = "default"
     lookup: bool = False
+    ranks: tuple[int, ...] = ()
+    parts: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
-    def scale(self) -> float:
-        """The factor s = alpha / rank."""
-        return self.alpha / self.rank
+    def scale(self) -> float | tuple[float, ...]:
+        """The factor s = alpha / rank; one for every stacked layer where they differ."""
+        if not self.ranks and not isinstance(self.alpha, tuple):
+            return self.alpha / self.rank
+        n = max(len(self.ranks), len(self.alpha) if isinstance(self.alpha, tuple) else 0)
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * n
+        return tuple(a / r if r else 0.0 for a, r in zip(alphas, self.ranks or (self.rank,) * n, strict=True))
+
+    @property
+    def columns(self) -> int:
+        """The size of a's last axis: `rank` columns for every adapted part."""
+        return self.rank * max(1, len(self.parts))
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of b that the parts are."""
+        return tuple(
+            ((i * self.rank, (i + 1) * self.rank), part)
+            for i, parts in enumerate(self.parts)
+            for part in parts
+        )
 
 
 @dataclass(frozen=True)
@@ -575,6 +600,7 @@ def resolve(
     init: Any = "default",
     dropout: Any = 0.0,
     axes: Any = None,
+    parts: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> tuple[dict[str, Target], list[str]]:
     """The leaves to adapt, in tree order, and the paths of those to train in full.
@@ -593,8 +619,11 @@ def resolve(
     _check_tree(leaves)
     by_path = {leaf.path: leaf for leaf in leaves}
     given = _given_axes(axes, leaves)
+    # What `infer_axes` gives remembers which leaves are look-up tables; then the trace decides, not names.
+    lookups: frozenset[str] | None = getattr(axes, "lookups", None)
     excluded = _chosen("exclude", exclude, leaves)
-    chosen = _targets(targets, [leaf for leaf in leaves if leaf.path not in excluded], given, leaves)
+    left = [leaf for leaf in leaves if leaf.path not in excluded]
+    chosen = _targets(targets, left, given, lookups, leaves)
     full = _trained(train, leaves)
     overlap = [path for path in full if path in chosen]
     if overlap:
@@ -610,17 +639,27 @@ def resolve(
     alphas = _values("alpha", alpha, chosen) if alpha is not None else {}
     dropouts = _values("dropout", dropout, chosen)
     inits = _values("init", init, chosen, callables=False)
+    fused = _parts(parts, chosen, kinds)
     found = {}
     for path, leaf in chosen.items():
-        r = _checked_rank(path, ranks[path])
+        layers = sizes(tuple(leaf.value.shape), kinds[path])[0]
+        of_layers = _of_layers("rank", path, ranks[path], layers, _checked_layer_rank)
+        r = max(of_layers) if of_layers else ranks[path]
+        r = _checked_rank(path, r)
+        if path in alphas:
+            alpha_of_layers = _of_layers("alpha", path, alphas[path], layers, _checked_alpha)
+        else:  # s = 1, in every layer
+            alpha_of_layers = tuple(map(float, of_layers))
         found[path] = Target(
             path,
             kinds[path],
             r,
-            _checked_alpha(path, alphas.get(path, r)),
+            alpha_of_layers or _checked_alpha(path, alphas.get(path, r)),
             _checked_dropout(path, dropouts[path]),
             inits[path],
-            leaf.role == "embedding",
+            _is_lookup(leaf, given, lookups),
+            of_layers,
+            fused.get(path, ()),
         )
     return found, full
 
@@ -680,18 +719,28 @@ def _nothing(what: str, pattern: Pattern, paths: Sequence[str]) -> str:
     )
 
 
+def _is_lookup(leaf: _Leaf, given: Mapping[str, Axes], lookups: frozenset[str] | None) -> bool:
+    if lookups is not None and leaf.path in given:
+        return leaf.path in lookups
+    return leaf.role == "embedding"
+
+
 def _targets(
-    targets: Any, leaves: Sequence[_Leaf], given: Mapping[str, Axes], everything: Sequence[_Leaf]
+    targets: Any,
+    leaves: Sequence[_Leaf],
+    given: Mapping[str, Axes],
+    lookups: frozenset[str] | None,
+    everything: Sequence[_Leaf],
 ) -> dict[str, _Leaf]:
     if targets is None or (isinstance(targets, str) and targets == "all"):
-        return _default_targets(leaves, given, head=targets is not None)
+        return _default_targets(leaves, given, lookups, head=targets is not None)
     patterns = _patterns("targets", targets)
     if not patterns:
         raise ValueError("targets is empty: leave it out to adapt every linear kernel, or name some.")
     found: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, str) and pattern == "all":
-            found |= set(_default_targets(leaves, given, head=True))
+            found |= set(_default_targets(leaves, given, lookups, head=True))
             continue
         hits = [leaf for leaf in leaves if matches(pattern, leaf.path, leaf.value)]
         if not hits:
@@ -699,7 +748,9 @@ def _targets(
             if shut:
                 raise ValueError(f"targets={pattern!r} matches only what exclude takes out: {_some(shut)}.")
             raise ValueError(_nothing(f"targets={pattern!r}", pattern, [leaf.path for leaf in leaves]))
-        taken = [leaf for leaf in hits if _adaptable(leaf, pattern, given)]
+        taken = [leaf for leaf in hits if _adaptable(leaf, pattern, given, lookups)]
+        if lookups is not None:
+            taken = [leaf for leaf in taken if leaf.path in given] or taken
         refused = [leaf for leaf in hits if leaf not in taken]
         for leaf in refused:
             if not taken or (not leaf.floating and leaf.role in ("kernel", "embedding")):
@@ -708,23 +759,39 @@ def _targets(
     return {leaf.path: leaf for leaf in leaves if leaf.path in found}
 
 
-def _default_targets(leaves: Sequence[_Leaf], given: Mapping[str, Axes], head: bool) -> dict[str, _Leaf]:
+def _default_targets(
+    leaves: Sequence[_Leaf], given: Mapping[str, Axes], lookups: frozenset[str] | None, head: bool
+) -> dict[str, _Leaf]:
     found = {}
     for leaf in leaves:
         if leaf.outside or (in_head(leaf.path) and not head):
             continue
-        linear = leaf.role == "kernel" or (leaf.path in given and leaf.role == "")
+        if lookups is None:
+            linear = leaf.role == "kernel" or (leaf.path in given and leaf.role == "")
+        else:
+            linear = leaf.path in given and leaf.path not in lookups
         if not linear or len(getattr(leaf.value, "shape", ())) < 2:
             continue
         if not leaf.floating:
             raise ValueError(_refusal(leaf))
         found[leaf.path] = leaf
     if not found:
-        heads = [leaf.path for leaf in leaves if leaf.role == "kernel" and leaf.matrix and in_head(leaf.path)]
+        heads = [
+            leaf.path
+            for leaf in leaves
+            if leaf.matrix
+            and in_head(leaf.path)
+            and (leaf.role == "kernel" if lookups is None else leaf.path in given)
+        ]
         if heads and not head:
             raise ValueError(
                 f"the only linear kernels are an output head's, {_some(heads)}, which the default leaves "
                 "alone. Write targets='all' to adapt it, or train='...' to train it in full."
+            )
+        if lookups:
+            raise ValueError(
+                f"in the trace that the axes are from the only linear weights are look-up tables, "
+                f"{_some(sorted(lookups))}, which the default leaves alone. Name one: targets='...'."
             )
         shown = [f"{leaf.path} {tuple(leaf.value.shape)}" for leaf in leaves if leaf.matrix]
         raise ValueError(
@@ -736,7 +803,9 @@ def _default_targets(leaves: Sequence[_Leaf], given: Mapping[str, Axes], head: b
     return found
 
 
-def _adaptable(leaf: _Leaf, pattern: Pattern, given: Mapping[str, Axes]) -> bool:
+def _adaptable(
+    leaf: _Leaf, pattern: Pattern, given: Mapping[str, Axes], lookups: frozenset[str] | None
+) -> bool:
     """Whether a pattern that matches a leaf means to adapt it.
 
     A pattern that names a module takes the linear kernels under it; one that names the leaf itself,
@@ -744,11 +813,13 @@ def _adaptable(leaf: _Leaf, pattern: Pattern, given: Mapping[str, Axes]) -> bool
     """
     if leaf.outside or not leaf.matrix:
         return False
-    if leaf.path in given or leaf.role == "kernel":
-        return True
-    if leaf.role in ("bias", "norm"):
-        return False
-    return _below(pattern, leaf.path) <= (leaf.role == "embedding")
+    lookup = _is_lookup(leaf, given, lookups)
+    if lookups is None or not lookup:
+        if leaf.path in given or leaf.role == "kernel":
+            return True
+        if leaf.role in ("bias", "norm"):
+            return False
+    return _below(pattern, leaf.path) <= lookup
 
 
 def _below(pattern: Pattern, path: str) -> int:
@@ -798,7 +869,8 @@ def _known_axes(reader: _Reader, leaf: _Leaf) -> Axes:
     last = (
         f"Say what each axis is: {line}, with 'in' for what the input is contracted over, 'out' for what "
         "the layer gives, 'batch' for stacked layers or experts. Or leave the leaf out: "
-        f"exclude={literal(leaf.path)!r}."
+        f"exclude={literal(leaf.path)!r}. Or read the axes off the model: "
+        "wrap(..., axes=lora_jax.infer_axes(fn, params, x))."
     )
     if found:
         shown = " or ".join(map(str, found[:4])) + (f" or {len(found) - 4} others" if len(found) > 4 else "")
@@ -826,9 +898,13 @@ def _given_axes(axes: Any, leaves: Sequence[_Leaf]) -> dict[str, Axes]:
                 found[leaf.path] = kinds
     elif isinstance(axes, Mapping):
         paths = [leaf.path for leaf in leaves]
+        # A path that was inferred names one leaf, not every path that it ends.
+        exact = frozenset(paths) if hasattr(axes, "lookups") else frozenset()
         for pattern in axes:
             hits = [
-                leaf for leaf in leaves if pattern == leaf.path or matches(pattern, leaf.path, leaf.value)
+                leaf
+                for leaf in leaves
+                if pattern == leaf.path or (pattern not in exact and matches(pattern, leaf.path, leaf.value))
             ]
             if not hits:
                 raise ValueError(_nothing(f"axes={{{pattern!r}: ...}}", pattern, paths))
@@ -839,6 +915,8 @@ def _given_axes(axes: Any, leaves: Sequence[_Leaf]) -> dict[str, Axes]:
                 found[leaf.path] = axes[leaf.path]
             elif leaf.matrix:
                 for pattern, kinds in axes.items():
+                    if pattern in exact:
+                        continue
                     apart = leaf.role in ("bias", "norm") and _below(pattern, leaf.path)
                     if matches(pattern, leaf.path, leaf.value) and not apart:
                         found[leaf.path] = kinds
@@ -904,6 +982,85 @@ def _values(name: str, spec: Any, chosen: Mapping[str, _Leaf], callables: bool =
     if callables and callable(spec):
         return {path: spec(path, leaf.value) for path, leaf in chosen.items()}
     return dict.fromkeys(chosen, spec)
+
+
+def _of_layers(
+    name: str, path: str, given: Any, layers: Shape, check: Callable[[str, Any], Any]
+) -> tuple[Any, ...]:
+    """A value for every stacked layer, in row-major order, or nothing where one value is given."""
+    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
+        return ()
+    shape = np.shape(given)
+    if shape != layers:
+        stacked = f"has stacked layers of shape {layers}" if layers else "is not stacked"
+        raise ValueError(
+            f"{name} of {path!r} is a list of shape {shape}, and the leaf {stacked}. Write a number, or one "
+            "for every stacked layer."
+        )
+    return tuple(check(path, value) for value in np.asarray(given).flatten().tolist())
+
+
+def _parts(
+    parts: Any, chosen: Mapping[str, _Leaf], kinds: Mapping[str, Axes]
+) -> dict[str, tuple[tuple[tuple[int, int], ...], ...]]:
+    """The adapted parts of fused kernels, by path."""
+    if parts is None:
+        return {}
+    if not isinstance(parts, Mapping):
+        raise TypeError(
+            f"parts={parts!r}: write {{pattern: ranges}} of the flattened out axes, for instance the first "
+            "and the last third of a fused query-key-value kernel: parts={'qkv': [(0, 64), (128, 192)]}."
+        )
+    found = {}
+    for pattern, ranges in parts.items():
+        hits = [path for path, leaf in chosen.items() if matches(pattern, path, leaf.value)]
+        if not hits:
+            raise ValueError(_nothing(f"parts={{{pattern!r}: ...}}", pattern, list(chosen)))
+        for path in hits:
+            width = math.prod(sizes(tuple(chosen[path].value.shape), kinds[path])[2])
+            found.setdefault(path, _checked_parts(path, ranges, width))
+    return found
+
+
+def _checked_parts(path: str, ranges: Any, width: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Each part as a tuple of ranges, within the width and apart from one another."""
+
+    def is_range(x: Any) -> bool:
+        return (
+            isinstance(x, Sequence)
+            and len(x) == 2
+            and all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in x)
+        )
+
+    example = f"parts={{{literal(path)!r}: [(0, {max(1, width // 3)}), ...]}}"
+    taken: list[tuple[int, int]] = []
+    found = []
+    for part in ranges if isinstance(ranges, Sequence) and not isinstance(ranges, str) else [ranges]:
+        many = [part] if is_range(part) else part
+        if not isinstance(many, Sequence) or not many or not all(is_range(one) for one in many):
+            raise ValueError(f"parts of {path!r}: {part!r} is no range. Write {example}.")
+        spans = tuple((int(start), int(stop)) for start, stop in many)
+        for start, stop in spans:
+            if not 0 <= start < stop <= width:
+                raise ValueError(
+                    f"parts of {path!r}: ({start}, {stop}) is not a range of its {width} outputs. Write "
+                    f"{example}."
+                )
+            if any(start < other_stop and other < stop for other, other_stop in taken):
+                raise ValueError(f"parts of {path!r}: ({start}, {stop}) overlaps another range.")
+            taken.append((start, stop))
+        found.append(spans)
+    if not found:
+        raise ValueError(f"parts of {path!r} are empty. Write {example}, or leave it out to adapt all of it.")
+    return tuple(found)
+
+
+def _checked_layer_rank(path: str, rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 0:
+        raise ValueError(
+            f"the rank of a layer of {path!r} is {rank!r}; write an integer, and 0 to leave a layer as it is."
+        )
+    return int(rank)
 
 
 def _checked_rank(path: str, rank: Any) -> int:
