@@ -38,14 +38,14 @@ STAGES = ("trace", "lower", "compile")
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--d", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument(
-        "--rounds", type=int, default=7, help="in each, every variant is traced and lowered once"
+        "--rounds", type=int, default=5, help="in each, every variant is traced and lowered once"
     )
     parser.add_argument(
         "--compile-rounds", type=int, default=3, help="in how many of them it is also compiled"
