@@ -65,11 +65,13 @@ class Context(NamedTuple):
         key: This equation's dropout key, or None where nothing is dropped.
         densify: The paths of the weights that may become dense.
         eqn: The equation, for its avals and its source line.
+        jaxpr: The jaxpr that the equation stands in.
     """
 
     key: jax.Array | None
     densify: frozenset[str]
     eqn: JaxprEqn
+    jaxpr: Any = None
 
     def refuse(self, weights: Sequence[Any], why: str) -> RefusedError:
         """The error to raise: it names the weights' paths, the primitive and the model's line."""
@@ -345,7 +347,7 @@ def evaluate(
             eqn.ctx.manager,
         ):
             if any(isinstance(value, LoraWeight) for value in values):
-                outs = _apply(eqn, values, key, index, densify)
+                outs = _apply(jaxpr, index, values, key, densify)
             else:
                 outs = bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -379,9 +381,9 @@ def _settled(out: Any) -> Any:
     return out
 
 
-def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: frozenset[str]) -> list[Any]:
-    key = None if key is None else jax.random.fold_in(key, index)
-    context = Context(key, densify, eqn)
+def _apply(jaxpr: Any, index: int, values: list[Any], key: Any, densify: frozenset[str]) -> list[Any]:
+    eqn = jaxpr.eqns[index]
+    context = Context(None if key is None else jax.random.fold_in(key, index), densify, eqn, jaxpr)
     rule = _RULES.get(eqn.primitive) or _RULES.get(eqn.primitive.name)
     try:
         if rule is None:
@@ -395,5 +397,5 @@ def _apply(eqn: JaxprEqn, values: list[Any], key: Any, index: int, densify: froz
         named = set(error.paths)
         dense = [v.dense() if isinstance(v, LoraWeight) and named.issuperset(v.paths) else v for v in values]
         if any(isinstance(value, LoraWeight) for value in dense):
-            return _apply(eqn, dense, key, index, densify)
+            return _apply(jaxpr, index, dense, key, densify)
         return bind(eqn, dense)

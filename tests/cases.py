@@ -266,6 +266,11 @@ def precision_highest(p, x):
 # Look-ups
 
 
+@case({"w": ((32, 1, 20), ("in", "unit", "out"))}, (2, 32), [0, 3])
+def unit_axis_looked_up(p, x, ids):
+    return jnp.einsum("bi,iho->bho", x, jnp.take(p["w"], ids, axis=1, mode="fill", fill_value=2))
+
+
 @case({"w": TABLE}, IDS)
 def embedding(p, ids):
     return p["w"][ids]
@@ -574,6 +579,11 @@ def layers_stacked_last(p, x):
     return jnp.einsum("bi,ioe->beo", x, ws)
 
 
+@case({"w": MATRIX}, (2, 4), (6,))
+def scaled_by_a_broadcast(p, x, columns):
+    return x @ (p["w"] * lax.broadcast_in_dim(columns, (4, 6), (1,)))
+
+
 @case({"w": MATRIX}, (2, 4), (4,), (6,))
 def scaled_by_vectors(p, x, rows, columns):
     return x @ (p["w"] * rows[:, None] / (2 + columns**2))
@@ -729,6 +739,14 @@ def scan_carry(p, x):
     return lax.scan(lambda c, _: ((_block(c[1], c[0]), c[1]), None), (x, p["w"]), None, length=3)[0][0]
 
 
+@case({"w": SQUARE}, (2, 4))
+def scan_carry_scaled(p, x):
+    def step(c, _):
+        return (_block(c[1], c[0]), c[1] * jnp.asarray(0.9, c[1].dtype)), None
+
+    return lax.scan(step, (x, p["w"]), None, length=3)[0][0]
+
+
 @case({"w": STACK}, (2, 4))
 def scan_returns_weights(p, x):
     _, ws = lax.scan(lambda c, w: (c, w.T), 0, p["w"])
@@ -803,6 +821,21 @@ _own_dense.defvjp(_own_dense_forward, _own_dense_backward)
 @case({"w": WIDE}, (2, 5, 32), (20,))
 def custom_vjp_of_a_weight(p, x, b):
     return jnp.tanh(_own_dense(x, p["w"], b)) + _own_dense(jnp.sin(x), p["w"], b)
+
+
+@jax.custom_vjp
+def _own_einsum(w, x):
+    return jnp.einsum("iou,bui->bou", w, x)
+
+
+_own_einsum.defvjp(
+    lambda *xs: (_own_einsum(*xs), xs), lambda xs, g: jax.vjp(_own_einsum.__wrapped__, *xs)[1](g)
+)
+
+
+@case({"w": ((32, 20, 1), ("in", "out", "unit"))}, (3, 1, 32))
+def custom_vjp_with_a_unit_axis(p, x):
+    return _own_einsum(p["w"], x)
 
 
 @jax.custom_vjp

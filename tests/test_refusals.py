@@ -32,7 +32,7 @@ _own_vjp.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (jnp.sign(saved[1
 REFUSED = {
     "sin": lambda w, x: x @ jnp.sin(w),
     "sort": lambda w, x: x @ jnp.sort(w),
-    "mul": lambda w, x: x @ (w * jnp.ones_like(w)),
+    "mul": lambda w, x: x @ (w * (x.T @ x)),
     "integer_pow": lambda w, x: x @ w / jnp.sum(w**2),
     "gt": lambda w, x: jnp.sum(w > 0).astype(x.dtype) + x @ w,
     "outer product": lambda w, x: jnp.einsum("io,s->sio", w, x[:, 0]),
@@ -42,6 +42,7 @@ REFUSED = {
     "is an 'in' axis": lambda w, x: lax.scan(lambda c, row: (c, row @ x.T), 0, w)[1],
     "returns the weight itself": lambda w, x: w,
     "a branch returns": lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: jnp.zeros_like(w)),
+    "with the same rank": lambda w, x: lax.scan(lambda c, _: (c + w, None), w, None, length=2)[0] @ x.T,
     "carry": lambda w, x: lax.scan(lambda c, _: (w, None), x[:, :4].T @ x, None, length=2)[0],
     "custom_jvp_call": lambda w, x: _own_jvp(w, x),
     "int32": lambda w, x: x @ w.astype(jnp.int32).astype(x.dtype),
@@ -168,6 +169,17 @@ def test_a_backward_pass_that_is_not_a_product_is_refused():
     np.testing.assert_allclose(
         jax.grad(lambda b: loss(b, densify="layer"))(w.b), expected, rtol=0, atol=1e-12
     )
+
+
+def test_a_refused_backward_pass_inside_jit_names_the_path():
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float64)
+    block = jax.jit(lambda w, x: _own_vjp(w, x))
+
+    def loss(b):
+        return jnp.sum(lora_jax.lora(lambda w, x: block(w, x))(w.replace(b=b), X.astype(jnp.float64)))
+
+    with pytest.raises(lora_jax.RefusedError, match=r"^'layer/kernel': .*densify='layer/kernel'"):
+        jax.grad(loss)(w.b)
 
 
 def test_the_base_has_a_gradient_through_a_backward_pass_of_its_own():

@@ -260,7 +260,21 @@ def div(context: Context, weight: Any, divisor: Any, **params: Any) -> LoraWeigh
     return _times(context, weight, inverse, _base(context, weight, divisor))
 
 
+def _thinned(context: Context, factor: Any) -> Any:
+    """The array with size one along the axes that a broadcast in the same jaxpr made."""
+    for eqn in context.jaxpr.eqns:
+        if eqn.primitive is p.broadcast_in_dim_p and eqn.outvars[0] in context.eqn.invars:
+            shape, old = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+            real = {place for n, place in zip(old, eqn.params["broadcast_dimensions"], strict=True) if n != 1}
+            if shape == jnp.shape(factor):
+                return lax.slice(
+                    factor, [0] * len(shape), [n if i in real else 1 for i, n in enumerate(shape)]
+                )
+    return factor
+
+
 def _times(context: Context, weight: LoraWeight, factor: Any, w: jax.Array) -> LoraWeight:
+    factor = _thinned(context, factor)
     shape = jnp.shape(factor) or (1,) * len(weight.axes)
     weight = _repeated(weight, w.shape)
     varies = {weight.axes[i] for i, n in enumerate(shape) if n != 1}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -19,9 +20,11 @@ from jax.extend.core import primitives as p
 from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax.interpret import Context, RefusedError, evaluate, register
-from lora_jax.weight import LoraWeight, joint_path, parted
+from lora_jax.weight import LoraWeight, joint_path, parted, wide_dtype
 
 _KEPT = 1024  # functions; each also keeps its jaxpr alive
+# What the placeholder paths stand for, the innermost function's first, while one is traced.
+_NAMES: ContextVar[tuple[dict[str, str], ...]] = ContextVar("names", default=())
 
 
 class Closed:
@@ -54,13 +57,30 @@ def kept(
         key = None
     shorts = iter(names)
     operands = _map_weights(lambda weight: weight.replace(path=next(shorts)), operands)
+    token = _NAMES.set((names, *_NAMES.get()))
     try:
         out = _function(make, densify, *statics)(operands, key)
     except RefusedError as error:
         raise error.located(names, context.where) from None
+    finally:
+        _NAMES.reset(token)
     return _map_weights(
         lambda weight: weight.replace(path=joint_path(names[short] for short in weight.paths)), out
     )
+
+
+def true_names(weights: Sequence[LoraWeight]) -> dict[str, str]:
+    """The user's paths of weights under placeholders: those of the first layer that shares the function.
+
+    For an error that is raised when the trace is over, in a backward pass.
+    """
+    found = {}
+    for placeholder in {path for weight in weights for path in weight.paths}:
+        path = placeholder
+        for names in _NAMES.get():
+            path = joint_path(names[part] for part in parted(path))
+        found[placeholder] = path
+    return found
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -255,6 +275,29 @@ def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def _widened(carry: Sequence[Any]) -> list[Any]:
+    """The carry with every weight's factors and scale in the dtype that a step may make them of."""
+
+    def widen(weight: LoraWeight) -> LoraWeight:
+        parts = {"a": weight.a, "b": weight.b, "scale": weight.scale}
+        dtype = wide_dtype(weight.w.dtype, *(x.dtype for x in parts.values()))
+        return weight.replace(**{name: lax.convert_element_type(x, dtype) for name, x in parts.items()})
+
+    return [widen(x) if _is_weight(x) else x for x in carry]
+
+
+def _form(carry: Sequence[Any]) -> Any:
+    leaves, structure = jax.tree.flatten([x for x in carry if _is_weight(x)])
+    return jax.tree.structure(carry), structure, [(x.shape, x.dtype) for x in leaves]
+
+
+def _check_carry(primitive: str, form: Any, new: Sequence[Any], old: Sequence[Any]) -> None:
+    if _form(new) != form:
+        weights = [w for w in (*new, *old) if _is_weight(w)]
+        why = "the carry is a weight on one side of a step and not the same, with the same rank, on the other"
+        raise RefusedError([path for w in weights for path in w.paths], primitive, "", why)
+
+
 @register(p.scan_p)
 def scan(
     context: Context, *operands: Any, jaxpr: Any, length: int, reverse: bool, unroll: Any, **params: Any
@@ -282,21 +325,15 @@ def scan(
 def _scanned(densify: Any, jaxpr: Any, length: int, reverse: bool, unroll: Any) -> Any:
     def run(operands: Any, keys: Any) -> Any:
         consts, carry, xs = operands
-        structure = jax.tree.structure(carry)
+        carry = _widened(carry)
+        form = _form(carry)
 
         def step(carry: Any, x: Any) -> Any:
             x, key = x
             x = _map_weights(lambda weight: weight.replace(axes=weight.axes[1:]), x)
             out = _run(jaxpr, [*consts, *carry, *x], key, densify)
-            new_carry, ys = out[: len(carry)], out[len(carry) :]
-            if jax.tree.structure(new_carry) != structure:
-                weights = [w for w in (*new_carry, *carry) if _is_weight(w)]
-                raise RefusedError(
-                    [path for w in weights for path in w.paths],
-                    "scan",
-                    "",
-                    "the carry is a weight on one side of a step and not the same on the other",
-                )
+            new_carry, ys = _widened(out[: len(carry)]), out[len(carry) :]
+            _check_carry("scan", form, new_carry, carry)
             return new_carry, _map_weights(lambda weight: weight.replace(axes=("batch", *weight.axes)), ys)
 
         return lax.scan(step, carry, (xs, keys), length=length, reverse=reverse, unroll=unroll)
@@ -318,7 +355,8 @@ def while_(
 def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
     def run(operands: Any, key: Any) -> Any:
         cond_consts, body_consts, carry = operands
-        structure = jax.tree.structure(carry)
+        carry = _widened(carry)
+        form = _form(carry)
 
         def cond(state: Any) -> Any:
             _, values = state
@@ -328,15 +366,8 @@ def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
         def body(state: Any) -> Any:
             count, values = state
             step_key = None if key is None else jax.random.fold_in(key, count)
-            out = _run(body_jaxpr, [*body_consts, *values], step_key, densify)
-            if jax.tree.structure(out) != structure:
-                weights = [w for w in (*out, *values) if _is_weight(w)]
-                raise RefusedError(
-                    [path for w in weights for path in w.paths],
-                    "while",
-                    "",
-                    "the carry is a weight on one side of a step and not the same on the other",
-                )
+            out = _widened(_run(body_jaxpr, [*body_consts, *values], step_key, densify))
+            _check_carry("while", form, out, values)
             return count if key is None else lax.add(count, jnp.ones_like(count)), out
 
         start = None if key is None else jnp.zeros((), jnp.int32)

@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
 from lora_jax.interpret import Context, RefusedError, evaluate, register
-from lora_jax.rules.control import Closed
+from lora_jax.rules.control import Closed, true_names
 from lora_jax.rules.linear import Label, Labelled, as_dtype, contract, factor_labels, scaled
 from lora_jax.weight import LoraWeight, wide_dtype
 
@@ -38,7 +38,8 @@ def custom_vjp(context: Context, *operands: Any, **params: Any) -> list[Any]:
     if context.key is not None and any(isinstance(x, LoraWeight) and x.dropout for x in operands):
         raise context.refuse(operands, "its own backward pass could not drop the entries that it drops")
     try:
-        return _with_vjp(context, params)(list(operands))
+        names = true_names([x for x in operands if _is_weight(x)])
+        return _with_vjp(context, params, names)(list(operands))
     except RefusedError as error:
         raise error.located({}, context.where) from None
 
@@ -47,7 +48,7 @@ def _is_weight(x: Any) -> bool:
     return isinstance(x, LoraWeight)
 
 
-def _with_vjp(context: Context, params: dict[str, Any]) -> Callable[..., list[Any]]:
+def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -> Callable[..., list[Any]]:
     densify, primitive = context.densify, context.eqn.primitive
 
     def bare(*values: Any) -> list[Any]:
@@ -73,7 +74,7 @@ def _with_vjp(context: Context, params: dict[str, Any]) -> Callable[..., list[An
         try:
             return (_gradients(bare, operands, [x is not None for x in asked], cotangents, densify),)
         except RefusedError as error:
-            raise error.located({}, context.where) from None
+            raise error.located(names, context.where) from None
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
@@ -132,9 +133,11 @@ def _gradients(
 
     def read(v: Any) -> Any:
         x: Any = jnp.ones(()) if v is _ONE else v.val if isinstance(v, Literal) else value[v]
-        if _is_weight(x):
+        if not _is_weight(x):
+            return x
+        if not densify.issuperset(x.paths):
             raise RefusedError(x.paths, "custom_vjp_call", "", "its backward pass uses the weight as data")
-        return x
+        return x.dense()
 
     gradients: list[Any] = []
     for i, (x, var) in enumerate(zip(operands, outvars, strict=True)):
@@ -261,12 +264,12 @@ def _of_factors(
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of a and b from the terms of dW."""
     a_labels, b_labels = factor_labels(weight, [("w", k) for k in range(weight.ndim)])
-    batch = {("w", k) for k in weight.axes_of("batch")}
     a = Labelled(weight.a, a_labels)
     b = Labelled(scaled(as_dtype(weight.b, wide_dtype(weight.b.dtype)), weight.scale), b_labels)
 
     def summed(factor: Labelled, wanted: tuple[Label, ...]) -> jax.Array:
         total = None
+        keep = set(wanted)
         for product in products:
             sides = [Labelled(read(product.x), product.x_labels), Labelled(read(product.y), product.y_labels)]
             # The factor first meets the operand that it shares more with, and leaves the smaller result.
@@ -275,9 +278,12 @@ def _of_factors(
             first, second, third = (
                 Labelled(as_dtype(x.array, dtype), x.labels) for x in (sides[0], factor, sides[1])
             )
-            middle = contract(first, second, batch | set(third.labels) | set(wanted), lax.Precision.HIGHEST)
-            term = contract(middle, third, set(wanted), lax.Precision.HIGHEST)
-            array = lax.transpose(term.array, [term.labels.index(s) for s in wanted])
+            middle = contract(first, second, keep | set(third.labels), lax.Precision.HIGHEST)
+            term = contract(middle, third, keep, lax.Precision.HIGHEST)
+            units = [i for i, s in enumerate(term.labels) if s not in wanted]  # in dW, but in neither factor
+            left = [s for s in term.labels if s in wanted]
+            array = lax.squeeze(term.array, units) if units else term.array
+            array = lax.transpose(array, [left.index(s) for s in wanted])
             for scalar in product.factors:
                 array = array * as_dtype(jnp.asarray(read(scalar)), array.dtype)
             array = -array if product.sign < 0 else array

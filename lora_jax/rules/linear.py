@@ -20,7 +20,7 @@ from jax.extend.core import primitives as p
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.rules.shape import per_axis, permuted
+from lora_jax.rules.shape import broadcasted, per_axis, permuted, squeezed
 from lora_jax.weight import AxisKind, LoraWeight, joint_path, wide_dtype
 
 RANK = "rank"
@@ -41,9 +41,10 @@ def factor_labels(weight: LoraWeight, labels: Sequence[Label]) -> tuple[tuple[La
     return (*batch, *inner, RANK), (*batch, RANK, *outer)
 
 
-def scaled(b: jax.Array, scale: jax.Array) -> jax.Array:
-    """s·b; the scale has b's leading axes, those of the batch."""
-    return lax.mul(b, lax.broadcast_in_dim(as_dtype(scale, b.dtype), b.shape, range(scale.ndim)))
+def scaled(factor: jax.Array, scale: jax.Array) -> jax.Array:
+    """s·a or s·b; the scale has the factor's leading axes, those of the batch."""
+    by = lax.broadcast_in_dim(as_dtype(scale, factor.dtype), factor.shape, range(scale.ndim))
+    return lax.mul(factor, by)
 
 
 def as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
@@ -171,11 +172,10 @@ class _Plan(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _branch(plan: _Plan, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """Σ x · a · s·b over the labels that the output does not have, in x's dtype and the output's order."""
-    first, second = (
-        Labelled(as_dtype(a, x.dtype), plan.a),
-        Labelled(scaled(as_dtype(b, x.dtype), scale), plan.b),
-    )
+    """Σ x · s·a · b over the labels that the output does not have, in x's dtype and the output's order."""
+    # On a the scale is of one piece with the transposition that a tall factor gets in _flat_dot.
+    first = Labelled(scaled(as_dtype(a, x.dtype), scale), plan.a)
+    second = Labelled(as_dtype(b, x.dtype), plan.b)
     keep = set(plan.out)
 
     def summed(factor: Labelled) -> int:
@@ -492,6 +492,31 @@ def gather(
     for n, place in enumerate([i for i in range(base.ndim) if i not in dims.offset_dims]):
         out_labels[place] = ("index", n)
     remaining = {weight.axes[i] for i in stays}
+    if "unit" in kinds and len(kinds) > 1 and params["fill_value"] is not None:
+        raise context.refuse([weight], "it looks up an axis of size one with others, and a value for misses")
+    if {"in", "out"} <= remaining and kinds == {"unit"}:
+        # Every entry of that axis is the weight itself, or a miss, where the update is zero.
+        hit = lax.gather(
+            jnp.ones((1,) * len(looked_up), weight.scale.dtype),
+            indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(
+                    range(n_index, n_index + sum(i not in dims.collapsed_slice_dims for i in looked_up))
+                ),
+                collapsed_slice_dims=tuple(
+                    k for k, i in enumerate(looked_up) if i in dims.collapsed_slice_dims
+                ),
+                start_index_map=tuple(looked_up.index(i) for i in dims.start_index_map),
+            ),
+            (1,) * len(looked_up),
+            mode=params["mode"],
+            fill_value=0,
+        )
+        hit = lax.reshape(hit, hit.shape[:n_index])
+        gone = [i for i in looked_up if i in dims.collapsed_slice_dims]
+        thin = squeezed(weight, lax.squeeze(weight.w, gone), gone)
+        places = [place for place, name in enumerate(out_labels) if name is not None and name[0] == "w"]
+        return _of_hits(broadcasted(thin, base, places), hit, out_labels)
     if {"in", "out"} <= remaining:
         return _selected_weights(context, weight, base, act, looked_up, kinds, stays, out_labels, n_index)
 
@@ -519,6 +544,16 @@ def gather(
     order = [product.labels.index(name) for name in kept]
     branch = product.array if order == sorted(order) else lax.transpose(product.array, order)
     return add_branch(context, base, lax.expand_dims(branch, units) if units else branch)
+
+
+def _of_hits(weight: LoraWeight, hit: jax.Array, labels: Sequence[Any]) -> LoraWeight:
+    """The weight with its update zero where a look-up along an axis of size one missed."""
+    batch = weight.axes_of("batch")
+    looked_up = [place for place, label in enumerate(labels) if label[0] == "index"]
+    held = [n for n, place in enumerate(looked_up) if place in batch]
+    hit = lax.reshape(hit, [hit.shape[n] for n in held])  # the others are of size one
+    by = lax.broadcast_in_dim(hit, weight.scale.shape, [batch.index(looked_up[n]) for n in held])
+    return weight.replace(scale=lax.mul(weight.scale, by))
 
 
 def _without_batching(dims: Any, indices: jax.Array) -> tuple[Any, jax.Array]:
