@@ -208,11 +208,14 @@ def _call(fn: Any, args: Any, kwargs: Any, key: Any, densify: Pattern | None) ->
 
     bases = [leaf.w if isinstance(leaf, LoraWeight) else leaf for leaf in operands]
     closed = jax.make_jaxpr(flat)(*bases)
+    invars = dict(zip(traced, closed.jaxpr.invars, strict=True))
+    rejoin.check_unchanged(closed.jaxpr, [invars.get(len(leaves) + i) for i in range(len(state_leaves))])
     weights = [leaf for leaf in operands if isinstance(leaf, LoraWeight)]
     permitted = _permitted(densify, weights)
     if not any(weight.dropout for weight in weights):
         key = None
     values = evaluate(closed, operands, key, permitted)
+    values = values[: len(values) - len(rejoin.moved)]
     return rejoin.put_together(
         [_output(value, permitted) for value in values], nodes, state_def, state_leaves
     )
@@ -271,6 +274,7 @@ class _Rejoin:
     treedef: Any = None
     statics: Any = None
     changed: Any = None
+    moved: Any = ()
 
     def take_apart(self, out: Any, inner_nodes: Any, graphdef: Any, before: Any, state: Any) -> list[Any]:
         out_nodes = [leaf for leaf in jax.tree.leaves(out, is_leaf=_is_leaf) if nnx.is_graph_node(leaf)]
@@ -282,7 +286,7 @@ class _Rejoin:
         leaves, self.treedef = jax.tree.flatten(out, is_leaf=is_wrapped_leaf)
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         self.statics = [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in leaves]
-        self.changed = []
+        self.changed, self.moved = [], []
         if not inner_nodes:
             return arrays
         after_def, after_state = nnx.split(inner_nodes)
@@ -293,19 +297,27 @@ class _Rejoin:
                 "submodule was added, removed, replaced or shared anew. Make it before wrapping; "
                 "only values may change inside lora."
             )
-        held = jax.tree.leaves(state, is_leaf=is_wrapped_leaf)
+        held, moved = jax.tree.leaves(state, is_leaf=is_wrapped_leaf), []
         for i, (old, new) in enumerate(zip(before, after, strict=True)):
             if new is old:
                 continue
             if is_wrapped_leaf(held[i]):
-                path = held[i].path
+                self.moved.append((i, held[i].path))
+                moved.append(jnp.asarray(new))
+                continue
+            self.changed.append(i)
+            arrays.append(jnp.asarray(new))
+        return [*arrays, *moved]
+
+    def check_unchanged(self, jaxpr: Any, invars: Sequence[Any]) -> None:
+        """Raise where a wrapped leaf was assigned anything but itself, which are the last outputs."""
+        outvars = jaxpr.outvars[len(jaxpr.outvars) - len(self.moved) :]
+        for outvar, (i, path) in zip(outvars, self.moved, strict=True):
+            if not nnx.unchanged(jaxpr, outvar, invars[i]):
                 raise ValueError(
                     f"the function mutates {path!r}, which is wrapped. Exclude it from wrap "
                     f"(exclude={path!r}), or do not assign to it inside lora."
                 )
-            self.changed.append(i)
-            arrays.append(jnp.asarray(new))
-        return arrays
 
     def put_together(self, values: list[Any], nodes: Any, state_def: Any, state_leaves: list[Any]) -> Any:
         count = len(values) - len(self.changed)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Literal
+from jax.extend.core import primitives as p
 
 from lora_jax.tree import leaves_with_path
 
@@ -93,3 +95,41 @@ def merge(graphdef: Any, state: Any) -> Any:
 def update(nodes: tuple[Any, ...], state: Any) -> None:
     """Write a state's values into existing graph nodes, in place."""
     sys.modules["flax.nnx"].update(nodes, state)
+
+
+def unchanged(jaxpr: Any, outvar: Any, invar: Any) -> bool:
+    """Whether an output of a jaxpr is one of its inputs, at most moved along its axes and back.
+
+    `nnx.scan` hands back what it scans over, and moves the layers' axis to the front and back for it.
+    """
+    return _followed(jaxpr, outvar) == (invar, tuple(range(outvar.aval.ndim)))
+
+
+def _followed(jaxpr: Any, var: Any) -> tuple[Any, tuple[int, ...]] | None:
+    """The input that a variable is a transposition of, and the order of its axes."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+    if isinstance(var, Literal):
+        return None
+    order = tuple(range(var.aval.ndim))
+    while var in made:
+        eqn = made[var]
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive is p.transpose_p:
+            var, step = eqn.invars[0], tuple(eqn.params["permutation"])
+        elif eqn.primitive in (p.jit_p, p.scan_p):
+            inner = getattr(inner, "jaxpr", inner)
+            found = _followed(inner, inner.outvars[eqn.outvars.index(var)])
+            if found is None:
+                return None
+            outer = eqn.invars[inner.invars.index(found[0])]
+            step = found[1]
+            if eqn.primitive is p.scan_p:  # only what is scanned over and stacked again
+                if outer.aval.ndim != found[0].aval.ndim + 1 or var.aval.ndim != len(step) + 1:
+                    return None
+                step = (0, *(i + 1 for i in step))
+            var = outer
+        else:
+            return None
+        order = tuple(step[i] for i in order)
+    return (var, order) if var in jaxpr.invars else None

@@ -970,6 +970,23 @@ class NnxStacked(nnx.Module):
         return run(x, self.layers)
 
 
+class NnxStackedBehind(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=1)
+        def make(rngs):
+            return nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+
+        self.layers = make(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 1), out_axes=nnx.Carry)
+        def run(x, layer):
+            return jnp.tanh(layer(x))
+
+        return run(x, self.layers)
+
+
 class NnxConvolutions(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Conv(4, 6, (3, 3), rngs=rngs)
@@ -989,6 +1006,7 @@ def linear_general(rngs: nnx.Rngs) -> nnx.Module:
 nnx_case("nnx_linear_general", linear_general, (2, 3, 4), axes=GENERAL)
 nnx_case("nnx_block", NnxBlock, (2, 3, 4))
 nnx_case("nnx_stacked", NnxStacked, (2, 3, 4))
+nnx_case("nnx_stacked_behind", NnxStackedBehind, (2, 4), axes={"kernel": ("in", "batch", "out")})
 nnx_case("nnx_tied_embedding", NnxText, IDS, targets=".*(kernel|embedding)")
 nnx_case("nnx_convolutions", NnxConvolutions, (2, 6, 6, 4))
 

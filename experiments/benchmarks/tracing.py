@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument(
-        "--rounds", type=int, default=5, help="in each, every variant is traced and lowered once"
+        "--rounds", type=int, default=7, help="in each, every variant is traced and lowered once"
     )
     parser.add_argument(
         "--compile-rounds", type=int, default=3, help="in how many of them it is also compiled"
@@ -164,10 +164,11 @@ def main() -> None:
     figures = {name: summarise(arms) for name, arms in records.items()}
     requirements = []
     for name, figure in figures.items():
-        ratio = figure["trace_and_lower_over_bare"]["median"]
+        # Of processor time: with two cores, what else the machine does is in the other clock by tenths.
+        ratio = figure["trace_and_lower_over_bare_cpu"]["median"]
         requirements.append(tables.requirement(f"{name}: trace and lower, over the bare model's", ratio, 2.2))
-        if "compile_over_full" in figure:
-            ratio = figure["compile_over_full"]["median"]
+        if "compile_over_full_cpu" in figure:
+            ratio = figure["compile_over_full_cpu"]["median"]
             requirements.append(tables.requirement(f"{name}: compile, over full fine-tuning's", ratio, 1.25))
     result = {
         **tables.about_this_run("experiments.benchmarks.tracing"),

@@ -515,7 +515,7 @@ def gather(
         hit = lax.reshape(hit, hit.shape[:n_index])
         gone = [i for i in looked_up if i in dims.collapsed_slice_dims]
         thin = squeezed(weight, lax.squeeze(weight.w, gone), gone)
-        places = [place for place, name in enumerate(out_labels) if name is not None and name[0] == "w"]
+        places = [out_labels.index(("w", i)) for i in stays]
         return _of_hits(broadcasted(thin, base, places), hit, out_labels)
     if {"in", "out"} <= remaining:
         return _selected_weights(context, weight, base, act, looked_up, kinds, stays, out_labels, n_index)
