@@ -27,7 +27,6 @@ def scan(f):
 TRANSFORMS = {
     "eager": lambda f: f,
     "jit": jax.jit,
-    "remat": jax.checkpoint,
     "vmap": vmap,
     "scan of remat": lambda f: scan(jax.checkpoint(f)),
 }
