@@ -21,7 +21,7 @@ from jax.extend.core import JaxprEqn, Literal, Primitive
 
 from lora_jax import nnx
 from lora_jax.tree import Pattern, literal, matches, nearest
-from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, parted
+from lora_jax.weight import FullWeight, LoraWeight, check_whole, is_wrapped_leaf, parted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -223,18 +223,8 @@ def _call(fn: Any, args: Any, kwargs: Any, key: Any, densify: Pattern | None) ->
 
 def _operand(leaf: Any) -> Any:
     if isinstance(leaf, LoraWeight):
-        if leaf.w is None or leaf.a is None:
-            raise ValueError(
-                f"the LoraWeight at {leaf.path!r} has holes: this tree is one half of partition(). "
-                "Write lora_jax.lora(fn)(lora_jax.combine(trainable, frozen), ...)."
-            )
+        check_whole(leaf)
         w = leaf.w if isinstance(leaf.w, jax.Array) else jnp.asarray(leaf.w)
-        if w.ndim != len(leaf.axes):
-            raise ValueError(
-                f"the LoraWeight at {leaf.path!r} has a w of shape {w.shape} and axes {leaf.axes}: it was "
-                "stacked or mapped after it was made. For several adapters write "
-                "jax.vmap(lora_jax.lora(fn), in_axes=...), with lora inside; for layers, wrap the stack."
-            )
         return leaf.replace(w=w, b=leaf.live_b, blocks=())
     if isinstance(leaf, FullWeight):
         if leaf.value is None:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from lora_jax import initializers, nnx
 from lora_jax import targets as targets_lib
 from lora_jax.tree import leaves_with_path, map_with_path, structure_difference
-from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, sizes, wide_dtype
+from lora_jax.weight import FullWeight, LoraWeight, check_whole, is_wrapped_leaf, sizes, wide_dtype
 
 Leaf = LoraWeight | FullWeight
 
@@ -213,6 +213,8 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
                 return node
             source = node
         else:
+            if isinstance(node, LoraWeight):
+                check_whole(node)
             source = node.w if isinstance(node, LoraWeight) else node.value
             # One compilation for all leaves of a shape: the path is static.
             node = node.replace(path="")
@@ -895,6 +897,8 @@ def summary(wrapped: Any) -> Summary:
     _require_wrapped(tree, "summary")
     rows, total = [], 0
     for path, leaf in _items(tree):
+        if isinstance(leaf, LoraWeight):
+            check_whole(leaf)
         if not targets_lib.is_floating(leaf):
             continue
         size = math.prod(leaf.shape)

@@ -369,6 +369,26 @@ def check_axes(shape: tuple[int, ...], axes: tuple[AxisKind, ...], where: str) -
         )
 
 
+def check_whole(leaf: LoraWeight) -> None:
+    """Raise where a LoraWeight has holes, or was stacked after it was made; shapes alone are looked at."""
+    if any(x is None for x in (leaf.w, leaf.a, leaf.b, leaf.scale)):
+        raise ValueError(
+            f"the LoraWeight at {leaf.path!r} has holes: this tree is one half of partition(). "
+            "Put the halves together: lora_jax.combine(trainable, frozen)."
+        )
+    n = {kind: len(leaf.axes_of(kind)) for kind in AXIS_KINDS}
+    expected = (len(leaf.axes), n["batch"] + n["in"] + 1, n["batch"] + 1 + n["out"], n["batch"])
+    shapes = [tuple(getattr(x, "shape", ())) for x in (leaf.w, leaf.a, leaf.b, leaf.scale)]
+    if tuple(map(len, shapes)) != expected:
+        raise ValueError(
+            f"the LoraWeight at {leaf.path!r} has axes {leaf.axes}, and w, a, b and scale of shapes "
+            f"{', '.join(map(str, shapes))}: it was stacked "
+            "or mapped after it was made. For several adapters write jax.vmap around lora or merge: "
+            "jax.vmap(lambda t: f(lora_jax.combine(t, frozen)))(lora_jax.stack(adapters)); for layers, wrap "
+            "the stack."
+        )
+
+
 def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...]) -> None:
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
 

@@ -833,6 +833,24 @@ _own_einsum.defvjp(
 )
 
 
+@jax.custom_vjp
+def _own_repeated(w, x):
+    return jnp.einsum("bi,iho->bho", x, jnp.broadcast_to(w[:, None, :], (32, 2, 20)))
+
+
+def _own_repeated_backward(saved, g):
+    w, x = saved
+    return jnp.einsum("bi,bho->iho", x, g).sum(1), g.sum(1) @ w.T
+
+
+_own_repeated.defvjp(lambda *xs: (_own_repeated(*xs), xs), _own_repeated_backward)
+
+
+@case({"w": WIDE}, (3, 32))
+def custom_vjp_of_a_repeated_weight(p, x):
+    return jnp.sin(_own_repeated(p["w"], x))
+
+
 @case({"w": ((32, 20, 1), ("in", "out", "unit"))}, (3, 1, 32))
 def custom_vjp_with_a_unit_axis(p, x):
     return _own_einsum(p["w"], x)

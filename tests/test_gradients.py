@@ -63,6 +63,7 @@ def test_reverse_mode(case):
 # softmax in float32, whose derivative the bare function too has to 1e-8 only.
 NO_FORWARD = {"custom_derivatives_without_weights", "nnx_block", "nnx_tied_embedding"}
 NO_FORWARD |= {"custom_vjp_of_a_weight", "custom_vjp_of_experts", "custom_vjp_with_a_unit_axis"}
+NO_FORWARD |= {"custom_vjp_of_a_repeated_weight"}
 FORWARD = [case for case in CASES if case.name not in NO_FORWARD]
 
 

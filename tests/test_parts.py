@@ -246,3 +246,12 @@ def test_stacks_of_different_forms_are_refused():
         lora_jax.stack([first, lora_jax.wrap(params(), rank=2, parts=FUSED)])
     with pytest.raises(ValueError, match="no adapter"):
         lora_jax.stack([])
+
+
+def test_a_stack_without_vmap_is_refused():
+    adapters = three()
+    _, frozen = lora_jax.partition(adapters[0])
+    together = lora_jax.combine(lora_jax.stack(adapters), frozen)
+    for use in (lora_jax.merge, lora_jax.summary, lambda tree: lora_jax.lora(model)(tree, normal(9, (3, 8)))):
+        with pytest.raises(ValueError, match=r"kernel' has axes .* stacked.*jax.vmap"):
+            use(together)

@@ -280,9 +280,10 @@ def _of_factors(
             )
             middle = contract(first, second, keep | set(third.labels), lax.Precision.HIGHEST)
             term = contract(middle, third, keep, lax.Precision.HIGHEST)
-            units = [i for i, s in enumerate(term.labels) if s not in wanted]  # in dW, but in neither factor
+            # Left over are dW's unit axes, which neither factor has, and what dW is a sum over.
+            rest = [i for i, s in enumerate(term.labels) if s not in wanted]
             left = [s for s in term.labels if s in wanted]
-            array = lax.squeeze(term.array, units) if units else term.array
+            array = lax.reduce_sum(term.array, rest) if rest else term.array
             array = lax.transpose(array, [left.index(s) for s in wanted])
             for scalar in product.factors:
                 array = array * as_dtype(jnp.asarray(read(scalar)), array.dtype)
