@@ -63,7 +63,8 @@ def infer_axes(
     """Read from the trace of `fn(params, *example_args, **kwargs)` what the axes of every weight are for.
 
     With the result `wrap` needs no names: `wrap(params, rank, axes=infer_axes(fn, params, x))` adapts
-    every leaf that the model contracts, but look-up tables and output heads. Nothing is computed, and
+    every leaf that the model contracts, but look-up tables and what a name calls an output head (the trace
+    knows no head: of a list of arrays, exclude it yourself). Nothing is computed, and
     shapes will do for arrays. In words:
 
     1. Every axis of every floating parameter of two or more dimensions gets an atom.

@@ -125,7 +125,7 @@ class _Leaf:
 
 
 _KERNEL = re.compile(r"kernel|weights?|[wW][0-9]*|[wW]_?(q|k|v|o|qkv|kv|in|out|i|up|down|gate|x|h)")
-_EMBEDDING = re.compile(r"embeddings?|embedding_table")
+_EMBEDDING = re.compile(r"(input_|token_)?embeddings?|embedding_table")
 _BIAS = re.compile(r"bias|b[0-9]*|bias_n|beta|offset")
 _NORM = re.compile(r"scale|gamma|mean|var")
 _NORM_MODULE = re.compile(r"(.*_)?(\w*norm|ln|bn)(_?[0-9a-z]+)?", re.IGNORECASE)
@@ -1100,4 +1100,4 @@ def skipped_because(path: str, leaf: Any) -> str:
         return kind
     if in_head(path):
         return "output head"
-    return "not targeted" if kind == "kernel" else "no linear kernel by its name"
+    return "not targeted" if kind == "kernel" else "not targeted: no linear kernel by its name"
