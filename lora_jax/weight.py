@@ -383,9 +383,8 @@ def check_whole(leaf: LoraWeight) -> None:
         raise ValueError(
             f"the LoraWeight at {leaf.path!r} has axes {leaf.axes}, and w, a, b and scale of shapes "
             f"{', '.join(map(str, shapes))}: it was stacked "
-            "or mapped after it was made. For several adapters write jax.vmap around lora or merge: "
-            "jax.vmap(lambda t: f(lora_jax.combine(t, frozen)))(lora_jax.stack(adapters)); for layers, wrap "
-            "the stack."
+            "or mapped after it was made. For several adapters put vmap outside: "
+            "jax.vmap(lora_jax.lora(fn), in_axes=...), or jax.vmap(lora_jax.merge); for layers, wrap the stack."
         )
 
 
