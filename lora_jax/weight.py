@@ -384,7 +384,7 @@ def check_whole(leaf: LoraWeight) -> None:
             f"the LoraWeight at {leaf.path!r} has axes {leaf.axes}, and w, a, b and scale of shapes "
             f"{', '.join(map(str, shapes))}: it was stacked "
             "or mapped after it was made. For several adapters put vmap outside: "
-            "jax.vmap(lora_jax.lora(fn), in_axes=...), or jax.vmap(lora_jax.merge); for layers, wrap the stack."
+            "jax.vmap(lora_jax.lora(fn), in_axes=...), jax.vmap(lora_jax.merge); for layers, wrap the stack."
         )
 
 
