@@ -17,7 +17,7 @@ from jax.extend.core import primitives as p
 from lora_jax.interpret import Context, bind, register
 from lora_jax.rules.linear import scaled
 from lora_jax.rules.shape import broadcasted, only, per_axis
-from lora_jax.weight import AxisKind, LoraWeight, joint_path, wide_dtype
+from lora_jax.weight import AxisKind, LoraWeight, joint_path, sizes, wide_dtype
 
 
 def _base(context: Context, *operands: Any) -> jax.Array:
@@ -171,65 +171,39 @@ def _concatenate(context: Context, w: jax.Array, operands: Sequence[Any], dimens
     kind = axes[dimension]
     if kind == "unit":
         raise context.refuse(weights, "it joins arrays along an axis of the weight that has size one")
-    n = sum(k == "batch" for k in axes)
-    place = sum(k in ("batch", kind) for k in axes[:dimension])
-    if kind == "in":
-        place = n + sum(k == "in" for k in axes[:dimension])
-    elif kind == "out":
-        place = n + 1 + sum(k == "out" for k in axes[:dimension])
-    else:
-        place = sum(k == "batch" for k in axes[:dimension])
     in_turn = iter(weights)
-    parts = [next(in_turn) if isinstance(x, LoraWeight) else x for x in operands]
-    ranks = [x.rank if isinstance(x, LoraWeight) else 0 for x in parts]
-    like = weights[0]
-
-    def block(factor: jax.Array, axis: int, before: int, after: int) -> jax.Array:
-        config = [(0, 0, 0)] * factor.ndim
-        config[axis] = (before, after, 0)
-        return lax.pad(factor, jnp.zeros((), factor.dtype), config)
-
-    def zeros(factor: jax.Array, axis: int, rank_axis: int | None, rank: int, size: int) -> jax.Array:
-        shape = list(factor.shape)
-        shape[axis] = size
-        if rank_axis is not None:
-            shape[rank_axis] = rank
-        return jnp.zeros(shape, factor.dtype)
-
+    parts = [next(in_turn) if isinstance(x, LoraWeight) else _without_update(x, weights[0]) for x in operands]
+    n = axes.count("batch")
+    place = sum(k == kind for k in axes[:dimension])  # among the axes of its kind
+    of_rank = (parts[0].a.ndim - 1, n)
     if kind == "batch":
-        rank = max(ranks)
-        a, b, scale = [], [], []
-        for x in parts:
-            if isinstance(x, LoraWeight):
-                a.append(block(x.a, x.a.ndim - 1, 0, rank - x.rank))
-                b.append(block(x.b, n, 0, rank - x.rank))
-                scale.append(x.scale)
-            else:
-                size = x.shape[dimension]
-                a.append(zeros(like.a, place, like.a.ndim - 1, rank, size))
-                b.append(zeros(like.b, place, n, rank, size))
-                scale.append(zeros(like.scale, place, None, 0, size))
-        joined = _joined(w, _concatenated(a, place), _concatenated(b, place), weights)
-        return joined.replace(scale=_concatenated(scale, place), axes=tuple(axes))
-
-    def blocks(factors: Sequence[jax.Array], rank_axis: int) -> jax.Array:
-        done, total, found = 0, sum(ranks), []
-        given = iter(factors)
-        for x, rank in zip(parts, ranks, strict=True):
-            if isinstance(x, LoraWeight):
-                found.append(block(next(given), rank_axis, done, total - done - rank))
-                done += rank
-            else:
-                found.append(zeros(factors[0], place, rank_axis, total, x.shape[dimension]))
-        return _concatenated(found, place)
-
-    scaled_b = [scaled(x.b, x.scale) for x in weights]
+        rank = max(x.rank for x in parts)
+        a = _concatenated([_among(x.a, of_rank[0], 0, rank) for x in parts], place)
+        b = _concatenated([_among(x.b, of_rank[1], 0, rank) for x in parts], place)
+        scale = _concatenated([x.scale for x in parts], place)
+        return _joined(w, a, b, weights).replace(scale=scale)
+    starts = [sum(x.rank for x in parts[:i]) for i in range(len(parts))]
+    rank = sum(x.rank for x in parts)
+    a, b = [x.a for x in parts], [scaled(x.b, x.scale) for x in parts]
     if kind == "in":
-        return _joined(
-            w, blocks([x.a for x in weights], like.a.ndim - 1), _concatenated(scaled_b, n), weights
-        )
-    a = _concatenated([x.a for x in weights], like.a.ndim - 1)
-    return _joined(w, a, blocks(scaled_b, n), weights)
+        a = [_among(x, of_rank[0], start, rank) for x, start in zip(a, starts, strict=True)]
+        return _joined(w, _concatenated(a, n + place), _concatenated(b, of_rank[1]), weights)
+    b = [_among(x, of_rank[1], start, rank) for x, start in zip(b, starts, strict=True)]
+    return _joined(w, _concatenated(a, of_rank[0]), _concatenated(b, n + 1 + place), weights)
+
+
+def _without_update(x: jax.Array, like: LoraWeight) -> LoraWeight:
+    """An array as a weight of rank zero."""
+    batch, inner, outer = sizes(x.shape, like.axes)
+    a, b = (jnp.zeros(shape, like.a.dtype) for shape in ((*batch, *inner, 0), (*batch, 0, *outer)))
+    return like.replace(w=x, a=a, b=b, scale=jnp.zeros(batch, like.scale.dtype))
+
+
+def _among(factor: jax.Array, axis: int, start: int, size: int) -> jax.Array:
+    """The factor with its rank axis in a longer one that is zero elsewhere."""
+    config = [(0, 0, 0)] * factor.ndim
+    config[axis] = (start, size - start - factor.shape[axis], 0)
+    return lax.pad(factor, jnp.zeros((), factor.dtype), config)
 
 
 # Scaling
