@@ -102,6 +102,7 @@ def register(*primitives: Primitive | str) -> Callable[[Rule], Rule]:
 
     Raises:
         ValueError: a rule for one of the primitives is registered already.
+        TypeError: no primitive is given, or what is given is none.
 
     >>> from jax.extend.core import primitives
     >>> @register(primitives.dot_general_p)
@@ -110,6 +111,11 @@ def register(*primitives: Primitive | str) -> Callable[[Rule], Rule]:
         ...
     ValueError: dot_general has a rule already; a primitive has one rule.
     """
+    if not primitives or not all(isinstance(one, Primitive | str) for one in primitives):
+        raise TypeError(
+            f"register{primitives}: write @lora_jax.register(primitive), with a primitive such as "
+            "jax.extend.core.primitives.cumsum_p, or its name."
+        )
 
     def decorate(rule: Rule) -> Rule:
         for primitive in primitives:

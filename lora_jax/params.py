@@ -393,9 +393,13 @@ def stack(adapters: Sequence[Any]) -> Any:
     >>> both["mlp"]["kernel"].a.shape, both["mlp"]["kernel"].scale.tolist()
     ((2, 8, 3), [1.0, 2.0])
     """
-    if not adapters:
-        raise ValueError("stack was given no adapter; write stack([first, second, ...]) of wrapped trees.")
+    if not isinstance(adapters, Sequence) or not adapters:
+        raise ValueError(
+            "stack was given no list of adapters; write stack([first, second, ...]) of wrapped trees."
+        )
     trees = [nnx.opened(tree)[0] for tree in adapters]
+    for tree in trees:
+        _require_wrapped(tree, "stack")
     found = [_adapter_leaves(tree) for tree in trees]
     lines = []
     for number, leaves in enumerate(found[1:], 1):
@@ -510,6 +514,9 @@ def adapter(wrapped: Any) -> Adapter:
 def _taken(wrapped: Any) -> Adapter:
     tree, _ = nnx.opened(wrapped)
     leaves = _adapter_leaves(tree)
+    for leaf in _wrapped_items(tree).values():
+        if isinstance(leaf, LoraWeight):
+            check_whole(leaf)
     marks = fingerprint(tree)
     base = {
         path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, dense_tree
+from cases import CASES, dense_tree, weight
 from jax import lax
 
 import lora_jax
@@ -70,3 +70,22 @@ def test_equals_the_merged_function(case, transform):
             lora_jax.lora(change(case.fn))(wrapped, *inputs)
     elif transform != "eager":
         assert_same(lora_jax.lora(change(case.fn))(wrapped, *inputs), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (1, 1)])
+def test_a_weight_that_was_broadcast_times_an_array_that_was_not(shape):
+    """No row of the table, since the repeated factors are larger than so small a weight."""
+    w = weight("w", shape, ("in", "out"), jnp.float64)
+    s = jax.random.normal(jax.random.key(1), (5, *shape), jnp.float64)
+
+    def fn(w, s):
+        repeated = jnp.broadcast_to(w, (5, *shape))
+        return jnp.einsum("bi,nio->bo", jnp.ones((2, shape[0]), s.dtype), repeated * s / (2.0 + s**2))
+
+    def measure(run):
+        def loss(ab, s):
+            return jnp.sum(jnp.sin(run(w.replace(a=ab[0], b=ab[1]), s)))
+
+        return jax.value_and_grad(loss, (0, 1))((w.a, w.b), s)
+
+    assert_same(measure(lora_jax.lora(fn)), measure(lambda w, s: fn(w.dense(), s)))

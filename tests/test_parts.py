@@ -244,7 +244,7 @@ def test_stacks_of_different_forms_are_refused():
         lora_jax.stack([first, lora_jax.wrap(params(), rank=2, targets="qkv")])
     with pytest.raises(ValueError, match="qkv/kernel"):
         lora_jax.stack([first, lora_jax.wrap(params(), rank=2, parts=FUSED)])
-    with pytest.raises(ValueError, match="no adapter"):
+    with pytest.raises(ValueError, match="no list of adapters"):
         lora_jax.stack([])
 
 
@@ -252,6 +252,23 @@ def test_a_stack_without_vmap_is_refused():
     adapters = three()
     _, frozen = lora_jax.partition(adapters[0])
     together = lora_jax.combine(lora_jax.stack(adapters), frozen)
-    for use in (lora_jax.merge, lora_jax.summary, lambda tree: lora_jax.lora(model)(tree, normal(9, (3, 8)))):
+    for use in (
+        lora_jax.merge,
+        lora_jax.summary,
+        lora_jax.adapter,
+        lambda tree: lora_jax.lora(model)(tree, normal(9, (3, 8))),
+    ):
         with pytest.raises(ValueError, match=r"kernel' has axes .* stacked.*jax.vmap"):
             use(together)
+
+
+def test_one_adapter_of_a_stack_is_saved_as_it_was(tmp_path):
+    adapters = three()
+    _, frozen = lora_jax.partition(adapters[0])
+    one = lora_jax.combine(jax.tree.map(lambda x: x[2], lora_jax.stack(adapters)), frozen)
+    with pytest.raises(ValueError, match="stacked"):
+        lora_jax.save_adapter(tmp_path / "all", lora_jax.combine(lora_jax.stack(adapters), frozen))
+    lora_jax.save_adapter(tmp_path / "one", one)
+    assert_same(
+        lora_jax.merge(lora_jax.load_adapter(tmp_path / "one", params())), lora_jax.merge(adapters[2])
+    )

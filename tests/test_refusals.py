@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import CASES, weight
 from jax import lax
+from test_equivalence import assert_same
 
 import lora_jax
 
@@ -169,6 +170,53 @@ def test_a_backward_pass_that_is_not_a_product_is_refused():
     np.testing.assert_allclose(
         jax.grad(lambda b: loss(b, densify="layer"))(w.b), expected, rtol=0, atol=1e-12
     )
+
+
+@jax.custom_vjp
+def _reversed_gradient(w, x):
+    return x @ w
+
+
+_reversed_gradient.defvjp(
+    lambda w, x: (x @ w + 1, (w, x)), lambda saved, g: (-(saved[1].T @ g) / 3.0, -(g @ saved[0].T))
+)
+
+
+def test_a_custom_vjp_is_followed_as_jax_follows_it():
+    """Its own forward pass where it is differentiated, and second derivatives through both its passes."""
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (2, 4), jnp.float64)
+
+    def loss(run):
+        def of_factors(ab):
+            return jnp.sum(jnp.tanh(run(w.replace(a=ab[0], b=ab[1]), x)) ** 2)
+
+        return of_factors
+
+    def second(run):
+        return jax.grad(lambda ab: sum(jnp.sum(jnp.sin(g)) for g in jax.grad(loss(run))(ab)))((w.a, w.b))
+
+    def ours(w, x):
+        return lora_jax.lora(lambda w, x: _reversed_gradient(w, x))(w, x)
+
+    def merged(w, x):
+        return _reversed_gradient(w.dense(), x)
+
+    for measure in (lambda run: jax.value_and_grad(loss(run))((w.a, w.b)), second):
+        assert_same(measure(ours), measure(merged))
+    assert_same(ours(w, x), merged(w, x))
+
+
+def test_a_reshape_without_entries_is_refused_by_name():
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float64)
+    with pytest.raises(lora_jax.RefusedError, match="layer/kernel.*without entries"):
+        lora_jax.lora(lambda w, x: x @ w[:, :0].reshape(4, 0, 2).reshape(4, 0))(w, X.astype(jnp.float64))
+
+
+@pytest.mark.parametrize("given", [(), (jnp.cumsum,), (None,)])
+def test_registering_what_is_no_primitive_is_refused(given):
+    with pytest.raises(TypeError, match="lora_jax.register"):
+        lora_jax.register(*given)
 
 
 def test_a_refused_backward_pass_inside_jit_names_the_path():

@@ -221,7 +221,7 @@ def mul(context: Context, x: Any, y: Any, **params: Any) -> LoraWeight:
     if isinstance(x, LoraWeight) and isinstance(y, LoraWeight):
         raise context.refuse([x, y], "the product of two weights is elementwise")
     weight, factor = (x, y) if isinstance(x, LoraWeight) else (y, x)
-    return _times(context, weight, factor, _base(context, x, y))
+    return _times(context, weight, factor, context.eqn.invars[int(weight is x)], _base(context, x, y))
 
 
 @register(p.div_p)
@@ -231,24 +231,22 @@ def div(context: Context, weight: Any, divisor: Any, **params: Any) -> LoraWeigh
         raise context.refuse([weight, divisor], "it divides by the weight")
     dtype = wide_dtype(weight.scale.dtype, divisor.dtype)
     inverse = lax.div(jnp.ones(jnp.shape(divisor), dtype), lax.convert_element_type(divisor, dtype))
-    return _times(context, weight, inverse, _base(context, weight, divisor))
+    return _times(context, weight, inverse, context.eqn.invars[1], _base(context, weight, divisor))
 
 
-def _thinned(context: Context, factor: Any) -> Any:
-    """The array with size one along the axes that a broadcast in the same jaxpr made."""
+def _thinned(context: Context, factor: Any, var: Any) -> Any:
+    """The array, of a variable, with size one along the axes that a broadcast in the same jaxpr made."""
     for eqn in context.jaxpr.eqns:
-        if eqn.primitive is p.broadcast_in_dim_p and eqn.outvars[0] in context.eqn.invars:
-            shape, old = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+        if eqn.primitive is p.broadcast_in_dim_p and eqn.outvars[0] is var:
+            shape, old = jnp.shape(factor), eqn.invars[0].aval.shape
             real = {place for n, place in zip(old, eqn.params["broadcast_dimensions"], strict=True) if n != 1}
-            if shape == jnp.shape(factor):
-                return lax.slice(
-                    factor, [0] * len(shape), [n if i in real else 1 for i, n in enumerate(shape)]
-                )
+            limits = [n if i in real else min(n, 1) for i, n in enumerate(shape)]
+            return lax.slice(factor, [0] * len(shape), limits)
     return factor
 
 
-def _times(context: Context, weight: LoraWeight, factor: Any, w: jax.Array) -> LoraWeight:
-    factor = _thinned(context, factor)
+def _times(context: Context, weight: LoraWeight, factor: Any, var: Any, w: jax.Array) -> LoraWeight:
+    factor = _thinned(context, factor, var)
     shape = jnp.shape(factor) or (1,) * len(weight.axes)
     weight = _repeated(weight, w.shape)
     varies = {weight.axes[i] for i, n in enumerate(shape) if n != 1}

@@ -56,17 +56,15 @@ def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -
 
     @jax.custom_vjp
     def run(operands: Any) -> list[Any]:
-        out = evaluate(Closed(params["call_jaxpr"]), operands, None, densify)
-        paths = [path for x in out if _is_weight(x) for path in x.paths]
-        if paths:
-            raise RefusedError(paths, "custom_vjp_call", "", "the function returns the weight itself")
-        return out
+        return _returned(evaluate(Closed(params["call_jaxpr"]), operands, None, densify))
 
     def forward(marked: Any) -> tuple[Any, Any]:
         operands = jax.tree.map(lambda x: x.value, marked, is_leaf=_is_marked)
         # Whether a base is differentiated too; a structure says it, since residuals are arrays.
         asked = [x.w.perturbed if _is_weight(x) else False for x in marked]
-        return run(operands), (operands, [() if yes else None for yes in asked])
+        # What the function's own forward pass gives, which second derivatives go through, as in jax.
+        out = evaluate(_forward(bare, operands), operands, None, densify)
+        return _returned(out), (operands, [() if yes else None for yes in asked])
 
     def backward(saved: Any, cotangents: Any) -> Any:
         operands, asked = saved
@@ -80,6 +78,15 @@ def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -
     return run
 
 
+def _returned(out: list[Any]) -> list[Any]:
+    paths = [path for x in out if _is_weight(x) for path in x.paths]
+    if paths:
+        raise RefusedError(
+            paths, "custom_vjp_call", "", "the function returns a weight, or one made of weights"
+        )
+    return out
+
+
 def _instantiated(x: Any) -> Any:
     if not isinstance(x, SymbolicZero):
         return x
@@ -91,6 +98,24 @@ def _is_marked(x: Any) -> bool:
     return hasattr(x, "perturbed")
 
 
+def _pulled(bare: Callable[..., Any], values: Sequence[Any]) -> tuple[list[Any], Callable[..., Any]]:
+    """`jax.vjp` of a function with respect to its floating operands."""
+    floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
+
+    def of_floats(*floats: Any) -> Any:
+        given = iter(floats)
+        return bare(*(next(given) if yes else x for x, yes in zip(values, floating, strict=True)))
+
+    return jax.vjp(of_floats, *(x for x, yes in zip(values, floating, strict=True) if yes))
+
+
+def _forward(bare: Callable[..., Any], operands: Sequence[Any]) -> Any:
+    """The jaxpr of the function's own forward pass, without its residuals."""
+    bases = [x.w if _is_weight(x) else x for x in operands]
+    whole = jax.make_jaxpr(lambda *values: _pulled(bare, values)[0])(*bases)
+    return _Needed(whole, [v for v in Closed(whole).jaxpr.outvars])
+
+
 def _gradients(
     bare: Callable[..., Any], operands: Sequence[Any], asked: Sequence[bool], cotangents: Any, densify: Any
 ) -> list[Any]:
@@ -99,12 +124,7 @@ def _gradients(
     floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands]
 
     def pull(*values: Any) -> list[Any]:
-        def of_floats(*floats: Any) -> Any:
-            given = iter(floats)
-            return bare(*(next(given) if yes else x for x, yes in zip(values[:n], floating, strict=True)))
-
-        floats = [x for x, yes in zip(values[:n], floating, strict=True) if yes]
-        return list(jax.vjp(of_floats, *floats)[1](list(values[n:])))
+        return list(_pulled(bare, values[:n])[1](list(values[n:])))
 
     bases = [x.w if _is_weight(x) else x for x in operands]
     flat = jax.make_jaxpr(_inlined(jax.make_jaxpr(pull)(*bases, *cotangents)))(*bases, *cotangents)
@@ -124,7 +144,9 @@ def _gradients(
                 if not densify.issuperset(x.paths):
                     raise
                 products[i] = [_Product(var, tuple(labels), _ONE, (), (), 1)]
-            wanted += [v for product in products[i] for v in (product.x, product.y, *product.factors)]
+            wanted += [
+                v for product in products[i] for v in (product.x, product.y, *(v for v, _ in product.factors))
+            ]
         if var is not None and (not _is_weight(x) or asked[i]):
             wanted.append(var)
     needed = list(dict.fromkeys(v for v in wanted if not isinstance(v, Literal) and v is not _ONE))
@@ -195,7 +217,7 @@ class _Product(NamedTuple):
     x_labels: tuple[Label, ...]
     y: Any
     y_labels: tuple[Label, ...]
-    factors: tuple[Any, ...]
+    factors: tuple[tuple[Any, int], ...]  # each with its power, 1 or -1
     sign: int
 
 
@@ -240,7 +262,9 @@ def _products(
                 todo.append((eqn.invars[1], labels, factors, -sign if name == "sub" else sign))
             case "mul" if any(v.aval.ndim == 0 for v in eqn.invars):
                 scalar, array = sorted(eqn.invars, key=lambda v: v.aval.ndim)
-                todo.append((array, labels, (*factors, scalar), sign))
+                todo.append((array, labels, (*factors, (scalar, 1)), sign))
+            case "div" if eqn.invars[1].aval.ndim == 0:
+                todo.append((eqn.invars[0], labels, (*factors, (eqn.invars[1], -1)), sign))
             case "reduce_sum":
                 axes, kept = eqn.params["axes"], iter(labels)
                 new = [
@@ -285,8 +309,9 @@ def _of_factors(
             left = [s for s in term.labels if s in wanted]
             array = lax.reduce_sum(term.array, rest) if rest else term.array
             array = lax.transpose(array, [left.index(s) for s in wanted])
-            for scalar in product.factors:
-                array = array * as_dtype(jnp.asarray(read(scalar)), array.dtype)
+            for scalar, power in product.factors:
+                by = as_dtype(jnp.asarray(read(scalar)), array.dtype)
+                array = array * by if power > 0 else array / by
             array = -array if product.sign < 0 else array
             total = array if total is None else total + array
         return total if total is not None else jnp.zeros(())

@@ -281,6 +281,8 @@ def reshape(context: Context, *operands: Any, new_sizes: Sequence[int], **params
     weight = only(context, operands)
     if params.get("dimensions") is not None:
         raise context.refuse(operands, "a reshape that also transposes")
+    if 0 in new_sizes:
+        raise context.refuse(operands, "reshaping an array without entries")
     axes: list[AxisKind] = []
     for old, new in reshape_groups(weight.w.shape, new_sizes):
         kinds: set[AxisKind] = {weight.axes[i] for i in old if weight.w.shape[i] != 1}
