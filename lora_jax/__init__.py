@@ -17,10 +17,10 @@ from lora_jax.params import labels as labels
 from lora_jax.params import merge as merge
 from lora_jax.params import partition as partition
 from lora_jax.params import stack as stack
-from lora_jax.params import summary as summary
 from lora_jax.params import swap as swap
 from lora_jax.params import unmerge as unmerge
 from lora_jax.params import wrap as wrap
+from lora_jax.report import summary as summary
 from lora_jax.train import TrainState as TrainState
 from lora_jax.train import make_train_step as make_train_step
 from lora_jax.train import only_trainable as only_trainable

@@ -42,20 +42,23 @@ class RefusedError(NotImplementedError):
         self.primitive, self.where, self.why = primitive, where, why
         named = ", ".join(repr(path) for path in self.paths)
         at = f" at {where}" if where else ""
-        # Where a weight leaves a branch, a loop or the function itself there is no rule to register.
-        rule = "" if primitive in _NO_RULE else "register a rule for it with @lora_jax.register, or "
+        pattern = "|".join(map(literal, self.paths))
+        # Where the primitive has a rule, or a weight leaves the function itself, there is none to register.
+        ruled = primitive == "return" or any(getattr(known, "name", known) == primitive for known in _RULES)
+        first = (
+            f"leave the weight out of what is adapted, wrap(..., exclude={pattern!r})"
+            if ruled
+            else "register a rule for it with @lora_jax.register"
+        )
         super().__init__(
-            f"{named}: `{primitive}`{at} has no low-rank form: {why}. To go on, {rule}permit the dense "
-            f"weight by name: lora_jax.lora(fn, densify={'|'.join(map(literal, self.paths))!r})."
+            f"{named}: `{primitive}`{at} has no low-rank form: {why}. To go on, {first}, or permit the dense "
+            f"weight by name: lora_jax.lora(fn, densify={pattern!r})."
         )
 
     def located(self, names: dict[str, str], where: str) -> RefusedError:
         """The same error with its paths replaced, and a place if it has none yet."""
         paths = [part for path in self.paths for part in parted(names.get(path, path))]
         return RefusedError(paths, self.primitive, self.where or where, self.why)
-
-
-_NO_RULE = ("return", "cond", "scan", "while", "shard_map")
 
 
 class Context(NamedTuple):
@@ -71,7 +74,7 @@ class Context(NamedTuple):
     key: jax.Array | None
     densify: frozenset[str]
     eqn: JaxprEqn
-    jaxpr: Any = None
+    jaxpr: Any
 
     def refuse(self, weights: Sequence[Any], why: str) -> RefusedError:
         """The error to raise: it names the weights' paths, the primitive and the model's line."""
@@ -389,6 +392,24 @@ def _settled(out: Any) -> Any:
     return out
 
 
+def _check_outputs(context: Context, outs: Sequence[Any]) -> None:
+    """Raise where a rule gives anything but the equation's outputs; it may be a user's own."""
+    avals: list[Any] = [v.aval for v in context.eqn.outvars]
+    expected = [(aval.shape, aval.dtype) for aval in avals]
+    given = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in outs]
+    if given != expected:
+        where = f" at {context.where}" if context.where else ""
+        raise TypeError(
+            f"the rule for `{context.eqn.primitive.name}`{where} returned {_shown(given)}, and the "
+            f"equation's outputs are {_shown(expected)}. Return them, as arrays or as LoraWeights whose w "
+            "they are."
+        )
+
+
+def _shown(types: Sequence[tuple[Any, Any]]) -> str:
+    return ", ".join("no array" if shape is None else f"{dtype}{list(shape)}" for shape, dtype in types)
+
+
 def _apply(jaxpr: Any, index: int, values: list[Any], key: Any, densify: frozenset[str]) -> list[Any]:
     eqn = jaxpr.eqns[index]
     context = Context(None if key is None else jax.random.fold_in(key, index), densify, eqn, jaxpr)
@@ -398,6 +419,7 @@ def _apply(jaxpr: Any, index: int, values: list[Any], key: Any, densify: frozens
             raise context.refuse(values, "no rule is registered for this primitive")
         outs = rule(context, *values, **eqn.params)
         outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        _check_outputs(context, outs)
         return [_settled(out) for out in outs]
     except RefusedError as error:
         if not densify.issuperset(error.paths):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from jax.core import Tracer
 
 from lora_jax import initializers, nnx
 from lora_jax import targets as targets_lib
+from lora_jax.layouts import is_floating, known_layouts
 from lora_jax.tree import leaves_with_path, map_with_path, structure_difference
 from lora_jax.weight import FullWeight, LoraWeight, check_whole, is_wrapped_leaf, sizes, wide_dtype
 
@@ -34,7 +34,8 @@ def _wrapped_items(tree: Any) -> dict[str, Leaf]:
     return {path: leaf for path, leaf in _items(tree) if is_wrapped_leaf(leaf)}
 
 
-def _require_wrapped(tree: Any, name: str) -> None:
+def require_wrapped(tree: Any, name: str) -> None:
+    """Raise where no leaf of a tree is wrapped; `name` is the function that was given it."""
     if not _wrapped_items(tree):
         raise ValueError(
             f"{name} was given a tree without any LoraWeight. Give what lora_jax.wrap(params, rank=...) "
@@ -122,10 +123,10 @@ def wrap(
         dropout=dropout,
         axes=axes,
         parts=parts,
-        layouts=targets_lib.known_layouts(params),
+        layouts=known_layouts(params),
     )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is {dtype}; a and b need a floating dtype, such as jnp.float32.")
+    if not _is_floating_dtype(dtype):
+        raise ValueError(f"dtype is {dtype!r}; a and b need a floating dtype, such as jnp.float32.")
     key = jax.random.key(0) if key is None else key
     if not isinstance(key, jax.Array):
         raise TypeError(f"key is {key!r}; write key=jax.random.key({key if isinstance(key, int) else 0}).")
@@ -147,6 +148,13 @@ def wrap(
         return LoraWeight(w, a, b, scale, target.axes, path, target.dropout, target.blocks)
 
     return close(map_with_path(leaf, tree))
+
+
+def _is_floating_dtype(dtype: Any) -> bool:
+    try:
+        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _require_array(path: str, value: Any) -> None:
@@ -203,13 +211,13 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
     [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0], [12.0, 15.0, 18.0]]
     """
     tree, close = nnx.opened(wrapped)
-    _require_wrapped(tree, "merge")
+    require_wrapped(tree, "merge")
     checks: dict[str, Any] = {}
 
     def leaf(path: str, node: Any) -> Any:
         out = None if dtype is None else jnp.dtype(dtype)
         if not is_wrapped_leaf(node):
-            if out is None or not targets_lib.is_floating(node) or node.dtype == out:
+            if out is None or not is_floating(node) or node.dtype == out:
                 return node
             source = node
         else:
@@ -280,7 +288,7 @@ def partition(wrapped: Any) -> tuple[Any, Any]:
         trainable, frozen = partition(state)
         return trainable, (graphdef, frozen)
     tree, _ = nnx.opened(wrapped)
-    _require_wrapped(tree, "partition")
+    require_wrapped(tree, "partition")
     trainable = jax.tree.map(_trainable_part, tree, is_leaf=is_wrapped_leaf)
     frozen = jax.tree.map(_frozen_part, tree, is_leaf=is_wrapped_leaf)
     return trainable, frozen
@@ -399,7 +407,7 @@ def stack(adapters: Sequence[Any]) -> Any:
         )
     trees = [nnx.opened(tree)[0] for tree in adapters]
     for tree in trees:
-        _require_wrapped(tree, "stack")
+        require_wrapped(tree, "stack")
     found = [_adapter_leaves(tree) for tree in trees]
     lines = []
     for number, leaves in enumerate(found[1:], 1):
@@ -429,12 +437,12 @@ def stack(adapters: Sequence[Any]) -> Any:
     return map_with_path(leaf, trees[0], is_leaf=is_wrapped_leaf)
 
 
-def _form(leaf: Any) -> Any:
+def _form(leaf: Any) -> str:
     """What must agree for two leaves to be stacked; of a blocked one the rank too."""
     if isinstance(leaf, FullWeight):
-        return "trained in full", leaf.value.shape, leaf.value.dtype.name
-    rank = (leaf.rank, leaf.blocks) if leaf.blocks else ()
-    return leaf.axes, _base_shape(leaf), leaf.a.dtype.name, *rank
+        return f"trained in full, {leaf.value.dtype}{list(leaf.value.shape)}"
+    rank = f", rank {leaf.rank} in the blocks {leaf.blocks}" if leaf.blocks else ""
+    return f"{leaf.a.dtype} factors of shape {_base_shape(leaf)} with axes {leaf.axes}{rank}"
 
 
 def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -459,7 +467,7 @@ def labels(trainable: Any) -> Any:
     >>> jax.tree.leaves(labels(partition(wrapped)[0]))
     ['full', 'a', 'b']
     """
-    _require_wrapped(trainable, "labels")
+    require_wrapped(trainable, "labels")
 
     def leaf(node: Any) -> Any:
         if isinstance(node, LoraWeight):
@@ -531,7 +539,7 @@ def _adapter_leaves(given: Any) -> dict[str, Leaf]:
     if isinstance(given, Adapter):
         return given.leaves
     tree, _ = nnx.opened(given)
-    _require_wrapped(tree, "adapter")
+    require_wrapped(tree, "adapter")
     found: dict[str, Leaf] = {}
     for path, leaf in _wrapped_items(tree).items():
         lora = isinstance(leaf, LoraWeight)
@@ -661,7 +669,7 @@ def swap(wrapped: Any, adapter: Any) -> Any:
     (True, 2.0)
     """
     tree, close = nnx.opened(wrapped)
-    _require_wrapped(tree, "swap")
+    require_wrapped(tree, "swap")
     mine, theirs = _wrapped_items(tree), _adapter_leaves(adapter)
     lines = [f"{path}: only in the wrapped tree" for path in mine if path not in theirs]
     lines += [f"{path}: only in the adapter" for path in theirs if path not in mine]
@@ -758,7 +766,7 @@ def fingerprint(tree: Any) -> dict[str, int]:
     found: dict[str, Any] = {}
     for path, leaf in _items(tree):
         value = leaf.w if isinstance(leaf, LoraWeight) else leaf
-        if not isinstance(leaf, FullWeight) and targets_lib.is_floating(value) and len(value.shape) >= 2:
+        if not isinstance(leaf, FullWeight) and is_floating(value) and len(value.shape) >= 2:
             found[path] = _hash(value)
     numbers = jax.device_get(list(found.values()))
     return {path: int(number) for path, number in zip(found, numbers, strict=True)}
@@ -785,180 +793,3 @@ def _mix(x: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     return x ^ (x >> np.uint32(16))
-
-
-# --- Summary --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a summary.
-
-    Attributes:
-        path: The leaf's path.
-        shape: Its shape.
-        axes: A kind for every axis, if it is adapted.
-        rank: The rank, or 0.
-        alpha: The scale times the rank, a number, or None if layers differ or it is not known.
-        trainable: How many numbers are trained in its place.
-        total: How many numbers the leaf has.
-        status: "adapted", "trained in full" or "skipped".
-        why: Why it is skipped.
-        wasteful: Whether the factors hold as many numbers as the leaf itself or more, r(m+n) >= mn.
-
-    >>> summary(wrap({"mlp": {"kernel": jnp.ones((8, 8))}}, rank=2)).rows[0].share
-    0.5
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    rank: int
-    alpha: float | None
-    trainable: int
-    total: int
-    status: str
-    why: str = ""
-    wasteful: bool = False
-
-    @property
-    def share(self) -> float:
-        """The trained numbers as a share of the leaf's own."""
-        return self.trainable / self.total if self.total else 0.0
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `summary` returns: rows as data, and a table as text.
-
-    Attributes:
-        rows: A row for every floating leaf of two or more dimensions, and for every leaf trained in
-            full, in tree order.
-        trainable: How many numbers are trained in all.
-        total: How many numbers the base has in its floating leaves.
-
-    >>> made = summary(wrap({"mlp": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}, rank=2))
-    >>> made.trainable, made.total, len(made.rows)
-    (32, 72, 1)
-    """
-
-    rows: tuple[Row, ...]
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """The trained numbers as a share of the base's."""
-        return self.trainable / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        lines = [("path", "shape", "axes", "rank", "trainable", "of", "share", "status")]
-        for row in self.rows:
-            status = row.status + (f": {row.why}" if row.why else "")
-            status += "  (!) r(m+n) >= mn" if row.wasteful else ""
-            lines.append(
-                (
-                    row.path,
-                    "x".join(map(str, row.shape)),
-                    " ".join(row.axes),
-                    str(row.rank or ""),
-                    f"{row.trainable:,}",
-                    f"{row.total:,}",
-                    f"{row.share:.2%}",
-                    status,
-                )
-            )
-        lines.append(("total", "", "", "", f"{self.trainable:,}", f"{self.total:,}", f"{self.share:.2%}", ""))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if 3 <= i <= 6 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-
-    __repr__ = __str__
-
-
-def summary(wrapped: Any) -> Summary:
-    """What is adapted, trained in full and skipped, leaf by leaf.
-
-    Args:
-        wrapped: A tree from `wrap`, concrete or abstract.
-
-    Returns:
-        A `Summary`: `print` it for a table, or read its rows.
-
-    Raises:
-        ValueError: no leaf is wrapped.
-
-    A matrix of 1000 by 1000 has 1,000,000 numbers, its update of rank 5 has 10,000:
-
-    >>> print(summary(wrap({"mlp": {"kernel": jnp.ones((1000, 1000))}}, rank=5)))
-    path        shape      axes    rank  trainable         of  share  status
-    mlp/kernel  1000x1000  in out     5     10,000  1,000,000  1.00%  adapted
-    total                                   10,000  1,000,000  1.00%
-    """
-    tree, _ = nnx.opened(wrapped)
-    _require_wrapped(tree, "summary")
-    rows, total = [], 0
-    for path, leaf in _items(tree):
-        if isinstance(leaf, LoraWeight):
-            check_whole(leaf)
-        if not targets_lib.is_floating(leaf):
-            continue
-        size = math.prod(leaf.shape)
-        total += size
-        if isinstance(leaf, LoraWeight):
-            rows.append(_adapted_row(path, leaf, size))
-        elif isinstance(leaf, FullWeight):
-            rows.append(Row(path, tuple(leaf.shape), (), 0, None, size, size, "trained in full"))
-        elif len(leaf.shape) >= 2:
-            why = targets_lib.skipped_because(path, leaf)
-            rows.append(Row(path, tuple(leaf.shape), (), 0, None, 0, size, "skipped", why))
-    return Summary(tuple(rows), sum(row.trainable for row in rows), total)
-
-
-def _adapted_row(path: str, leaf: LoraWeight, size: int) -> Row:
-    batch, inner, outer = sizes(tuple(leaf.w.shape), leaf.axes)
-    m, n = math.prod(inner), math.prod(outer)
-    # Of each column of a: how many of b's entries count, and in which layers it is not zero for good.
-    widths = np.full(leaf.rank, 0 if leaf.blocks else n)
-    for (r0, r1), (o0, o1) in leaf.blocks:
-        widths[r0:r1] += o1 - o0
-    live = _live(leaf, len(batch))
-    parts = len({ranks for ranks, _ in leaf.blocks}) or 1
-    trained = int((live * (m + widths)).sum())
-    return Row(
-        path,
-        tuple(leaf.shape),
-        leaf.axes,
-        leaf.rank // parts,
-        _alpha(leaf, live.sum(-1) // parts),
-        trained,
-        size,
-        "adapted",
-        wasteful=trained >= size,
-    )
-
-
-def _is_concrete(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
-
-
-def _live(leaf: LoraWeight, n: int) -> np.ndarray:
-    """For every layer and column of a whether it is trained: not if a and b are both zero there."""
-    shape = (*leaf.b.shape[:n], leaf.rank)
-    if not n or not (_is_concrete(leaf.a) and _is_concrete(leaf.b)):
-        return np.ones(shape, bool)
-    of_a = jnp.any(leaf.a != 0, axis=tuple(range(n, leaf.a.ndim - 1)))
-    of_b = jnp.any(leaf.b != 0, axis=tuple(range(n + 1, leaf.b.ndim)))
-    return np.asarray(jax.device_get(of_a | of_b))
-
-
-def _alpha(leaf: LoraWeight, ranks: np.ndarray) -> float | None:
-    if not _is_concrete(leaf.scale):
-        return None
-    values = np.unique((np.asarray(jax.device_get(leaf.scale)) * ranks)[ranks > 0])
-    return float(values[0]) if values.size == 1 else None

@@ -263,6 +263,41 @@ def precision_highest(p, x):
     return jnp.matmul(x, p["w"], precision="highest")
 
 
+@case({"w": BROADS}, (2, 32), (3,))
+def experts_mixed(p, x, gate):
+    return x @ jnp.einsum("e,eio->io", gate, p["w"])
+
+
+@case({"w": BROADS}, (2, 5, 32), (2, 3))
+def experts_mixed_for_each_input(p, x, gate):
+    return jnp.einsum("bsi,bio->bso", x, jnp.einsum("eio,be->bio", p["w"], gate))
+
+
+@case({"w": ((32, 3, 2, 32), ("out", "batch", "batch", "in"))}, (2, 32), (3, 4, 2))
+def experts_mixed_in_groups(p, x, gate):
+    return jnp.einsum("egoik,bi->egkbo", lax.dot_general(p["w"], gate, (((), ()), ((1, 2), (0, 2)))), x)
+
+
+@case({"w": BROAD}, (5, 32), (5,))
+def outer_product(p, x, s):
+    return jnp.einsum("sio,si->so", jnp.einsum("io,s->sio", p["w"], s), x)
+
+
+@case({"w": BROAD}, (5, 32), (5, 32))
+def product_along_in(p, x, s):
+    return jnp.einsum("sio,si->so", jnp.einsum("io,si->sio", p["w"], s), x)
+
+
+@case({"w": BROAD}, (5, 32), (5, 32))
+def product_along_out(p, x, s):
+    return jnp.einsum("soi,si->so", jnp.einsum("io,so->soi", p["w"], s), x)
+
+
+@case({"w": ((1, 32, 20), ("unit", "in", "out"))}, (2, 32), (3, 1))
+def unit_axis_mixed(p, x, gate):
+    return jnp.einsum("bi,kio->kbo", x, jnp.einsum("eio,ke->kio", p["w"], gate))
+
+
 # Look-ups
 
 
@@ -651,6 +686,11 @@ def precision_reduced(p, x):
 
 @case({"w": ((3, 4, 5), ("batch", "in", "out"))}, (6, 4), [1, 2, 3])
 def ragged_dot(p, x, groups):
+    return lax.ragged_dot(x, p["w"], groups)
+
+
+@case({"w": ((1, 4, 5), ("unit", "in", "out"))}, (6, 4), [4])
+def ragged_dot_of_one_expert(p, x, groups):
     return lax.ragged_dot(x, p["w"], groups)
 
 

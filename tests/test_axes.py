@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import infer_axes
-from lora_jax.targets import known_layouts, resolve
+from lora_jax.layouts import known_layouts
+from lora_jax.targets import resolve
 from lora_jax.weight import LoraWeight, is_wrapped_leaf
 
 KEY = jax.random.key(0)

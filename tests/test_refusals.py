@@ -36,7 +36,7 @@ REFUSED = {
     "mul": lambda w, x: x @ (w * (x.T @ x)),
     "integer_pow": lambda w, x: x @ w / jnp.sum(w**2),
     "gt": lambda w, x: jnp.sum(w > 0).astype(x.dtype) + x @ w,
-    "outer product": lambda w, x: jnp.einsum("io,s->sio", w, x[:, 0]),
+    "along in and along out": lambda w, x: jnp.einsum("io,sio->sio", w, jnp.ones((2, 4, 4), x.dtype)),
     "merges": lambda w, x: w.reshape(-1)[:4] + x,
     "product of two weights": lambda w, x: x @ (w * w),
     "over a part": lambda w, x: jnp.einsum("io,io,s->s", w, w, x[:, 0]),
@@ -60,7 +60,9 @@ def test_refused_by_name(named, jitted):
     message = str(error.value)
     assert named in message
     assert "'layer/kernel'" in message and "#" not in message
-    assert ("lora_jax.register" in message) != (error.value.primitive in ("return", "cond", "scan", "while"))
+    without_a_rule = {"sin", "sort", "integer_pow", "gt"}
+    assert ("lora_jax.register" in message) == (named in without_a_rule)
+    assert ("exclude='layer/kernel'" in message) == (named not in without_a_rule)
     assert "densify='layer/kernel'" in message
     assert "test_refusals.py" in message or error.value.primitive == "return"
     assert error.value.paths == ("layer/kernel",)
@@ -217,6 +219,36 @@ def test_a_reshape_without_entries_is_refused_by_name():
 def test_registering_what_is_no_primitive_is_refused(given):
     with pytest.raises(TypeError, match="lora_jax.register"):
         lora_jax.register(*given)
+
+
+@pytest.mark.parametrize("wrong", [lambda w: None, lambda w: w.w[0], lambda w: [w.w], lambda w: w.w.sum()])
+def test_what_a_rule_returns_is_checked(wrong, monkeypatch):
+    from jax.extend.core import primitives
+
+    from lora_jax import interpret
+
+    monkeypatch.setitem(interpret._RULES, primitives.cumprod_p, lambda context, w, **params: wrong(w))
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    with pytest.raises(TypeError, match=r"the rule for `cumprod` at .*test_refusals\.py.*float32\[4, 4\]"):
+        lora_jax.lora(lambda w, x: x @ lax.cumprod(w, axis=0))(w, X)
+
+
+def test_a_function_that_returns_a_constant_beside_the_product():
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w, 1.0
+
+    product.defvjp(
+        lambda w, x: ((x @ w, 1.0), (w, x)), lambda saved, g: (saved[1].T @ g[0], g[0] @ saved[0].T)
+    )
+    w = weight("w", (4, 4), ("in", "out"), jnp.float64)
+    x = X.astype(jnp.float64)
+
+    def gradient(fn):
+        return jax.grad(lambda ab: jnp.sum(jnp.sin(fn(ab)[0])))((w.a, w.b))
+
+    ours = gradient(lambda ab: lora_jax.lora(lambda w: product(w, x))(w.replace(a=ab[0], b=ab[1])))
+    assert_same(ours, gradient(lambda ab: product(w.replace(a=ab[0], b=ab[1]).dense(), x)))
 
 
 def test_a_refused_backward_pass_inside_jit_names_the_path():

@@ -22,11 +22,11 @@ from lora_jax.params import (
     labels,
     merge,
     partition,
-    summary,
     swap,
     unmerge,
     wrap,
 )
+from lora_jax.report import summary
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf
 

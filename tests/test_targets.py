@@ -7,8 +7,9 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
 
+from lora_jax.layouts import known_layouts
 from lora_jax.params import wrap
-from lora_jax.targets import known_layouts, resolve
+from lora_jax.targets import resolve
 from lora_jax.weight import LoraWeight
 
 KEY = jax.random.key(0)

@@ -107,6 +107,41 @@ def test_effects_are_kept_in_order():
         seen.clear()
 
 
+def test_effects_of_a_backward_pass_are_kept():
+    seen = []
+
+    def note(text, x):
+        jax.debug.callback(lambda v: seen.append((text, round(float(v), 6))), jnp.sum(x))
+
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    def forward(w, x):
+        note("forward", x)
+        return x @ w, (w, x)
+
+    def backward(saved, g):
+        w, x = saved
+        note("backward", g)
+        return x.T @ g, g @ w.T
+
+    product.defvjp(forward, backward)
+    w = weight("w", (4, 4), ("in", "out"), jnp.float64)
+    x = jnp.ones((2, 4), jnp.float64)
+
+    def gradient(run, point):
+        return jax.grad(lambda p: jnp.sum(jnp.tanh(run(p))))(point)
+
+    gradient(lambda w: product(w, x), w.dense())
+    jax.effects_barrier()
+    bare, seen[:] = list(seen), []
+    run = lora_jax.lora(lambda w, x: product(w, x))
+    gradient(lambda ab: run(w.replace(a=ab[0], b=ab[1]), x), (w.a, w.b))
+    jax.effects_barrier()
+    assert seen == bare and len(bare) == 2
+
+
 def test_named_scopes_and_calls_survive():
     def model(w, x):
         with jax.named_scope("attention"):

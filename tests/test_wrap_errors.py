@@ -16,10 +16,10 @@ from lora_jax.params import (
     labels,
     merge,
     partition,
-    summary,
     swap,
     wrap,
 )
+from lora_jax.report import summary
 from lora_jax.weight import LoraWeight
 
 PARAMS = {
@@ -107,7 +107,8 @@ def test_other_values_out_of_range():
         refused(ValueError, "dropout of 'attn/query/kernel'", "[0, 1)", dropout=dropout, **FINE)
     refused(ValueError, "init of 'attn/query/kernel'", "'normal'", "'gaussian'", init="normal", **FINE)
     refused(TypeError, "init of 'attn/query/kernel'", "(key, w, target)", init=3, **FINE)
-    refused(ValueError, "floating dtype", dtype=jnp.int32, **FINE)
+    for dtype in (jnp.int32, "bf16", None, 3.5):
+        refused(ValueError, "floating dtype", dtype=dtype, **FINE)
 
 
 def test_a_custom_initializer_of_wrong_shapes():

@@ -50,7 +50,7 @@ def kept(
 
     LoraWeights travel under placeholder paths; errors and results get the paths back.
     """
-    weights = [x for x in jax.tree.leaves(operands, is_leaf=_is_weight) if _is_weight(x)]
+    weights = [x for x in jax.tree.leaves(operands, is_leaf=is_weight) if is_weight(x)]
     names = {f"#{i}": weight.path for i, weight in enumerate(weights)}
     densify = frozenset(short for short, path in names.items() if context.densify.issuperset(parted(path)))
     if not any(weight.dropout for weight in weights):
@@ -88,12 +88,21 @@ def _function(make: Callable[..., Any], *statics: Hashable) -> Callable[..., Any
     return make(*statics)
 
 
-def _is_weight(node: Any) -> bool:
+def is_weight(node: Any) -> bool:
+    """Whether a node of a tree is a LoraWeight."""
     return isinstance(node, LoraWeight)
 
 
+def arrays_only(out: Sequence[Any], densify: frozenset[str], primitive: str, why: str) -> list[Any]:
+    """What leaves a body that must give arrays: permitted weights are made dense, others refused."""
+    weights = [x for x in out if is_weight(x) and not densify.issuperset(x.paths)]
+    if weights:
+        raise RefusedError([path for w in weights for path in w.paths], primitive, "", why)
+    return [x.dense() if is_weight(x) else x for x in out]
+
+
 def _map_weights(fn: Callable[[LoraWeight], LoraWeight], tree: Any) -> Any:
-    return jax.tree.map(lambda x: fn(x) if _is_weight(x) else x, tree, is_leaf=_is_weight)
+    return jax.tree.map(lambda x: fn(x) if is_weight(x) else x, tree, is_leaf=is_weight)
 
 
 # jit
@@ -103,7 +112,7 @@ def _map_weights(fn: Callable[[LoraWeight], LoraWeight], tree: Any) -> Any:
 def jit(context: Context, *operands: Any, jaxpr: Any, **params: Any) -> list[Any]:
     """The body is interpreted under a jit of the same name, shardings and options."""
     ins = tuple(_sharding(s) for s in params["in_shardings"])
-    ins = tuple(None if _is_weight(x) else s for x, s in zip(operands, ins, strict=True))
+    ins = tuple(None if is_weight(x) else s for x, s in zip(operands, ins, strict=True))
     outs = tuple(_sharding(s) for s in params["out_shardings"])
     options = tuple(params.get("compiler_options_kvs") or ())
     statics = (jaxpr, params["name"], params["inline"], params["keep_unused"], ins, outs, options)
@@ -121,7 +130,7 @@ def _jitted(
         # The shardings are constraints on values, which hold for a LoraWeight's base only at its own.
         operands = [_constrain(x, s) for x, s in zip(operands, ins, strict=True)]
         values = _run(jaxpr, operands, key, densify)
-        return [x if _is_weight(x) else _constrain(x, s) for x, s in zip(values, outs, strict=True)]
+        return [x if is_weight(x) else _constrain(x, s) for x, s in zip(values, outs, strict=True)]
 
     body.__name__ = body.__qualname__ = name
     return jax.jit(
@@ -223,15 +232,7 @@ def _sharded(
             for name in sorted(manual):
                 key = jax.random.fold_in(key, lax.axis_index(name))
         out = _run(jaxpr, operands, key, densify)
-        weights = [x for x in out if _is_weight(x) and not densify.issuperset(x.paths)]
-        if weights:
-            raise RefusedError(
-                [path for w in weights for path in w.paths],
-                "shard_map",
-                "",
-                "a shard returns the weight itself",
-            )
-        return [x.dense() if _is_weight(x) else x for x in out]
+        return arrays_only(out, densify, "shard_map", "a shard returns the weight itself")
 
     def run(operands: Any, key: Any) -> list[Any]:
         specs = [_specs_of(x, spec) for x, spec in zip(operands, in_specs, strict=True)]
@@ -252,7 +253,7 @@ def _sharded(
 
 def _specs_of(x: Any, spec: Any) -> Any:
     """The spec of an operand; of a LoraWeight those of its parts, derived from that of its base."""
-    if not _is_weight(x):
+    if not is_weight(x):
         return spec
     parts = (*spec, *(None for _ in range(x.ndim - len(spec))))
     batch, inner, outer = ([parts[i] for i in x.axes_of(kind)] for kind in ("batch", "in", "out"))
@@ -283,17 +284,17 @@ def _widened(carry: Sequence[Any]) -> list[Any]:
         dtype = wide_dtype(weight.w.dtype, *(x.dtype for x in parts.values()))
         return weight.replace(**{name: lax.convert_element_type(x, dtype) for name, x in parts.items()})
 
-    return [widen(x) if _is_weight(x) else x for x in carry]
+    return [widen(x) if is_weight(x) else x for x in carry]
 
 
 def _form(carry: Sequence[Any]) -> Any:
-    leaves, structure = jax.tree.flatten([x for x in carry if _is_weight(x)])
+    leaves, structure = jax.tree.flatten([x for x in carry if is_weight(x)])
     return jax.tree.structure(carry), structure, [(x.shape, x.dtype) for x in leaves]
 
 
 def _check_carry(primitive: str, form: Any, new: Sequence[Any], old: Sequence[Any]) -> None:
     if _form(new) != form:
-        weights = [w for w in (*new, *old) if _is_weight(w)]
+        weights = [w for w in (*new, *old) if is_weight(w)]
         why = "the carry is a weight on one side of a step and not the same, with the same rank, on the other"
         raise RefusedError([path for w in weights for path in w.paths], primitive, "", why)
 
@@ -308,7 +309,7 @@ def scan(
     carry = list(operands[n_consts : n_consts + n_carry])
     xs = list(operands[n_consts + n_carry :])
     for x in xs:
-        if _is_weight(x) and x.axes[0] != "batch":
+        if is_weight(x) and x.axes[0] != "batch":
             raise context.refuse(
                 [x],
                 f"the scan runs over axis 0 of shape {x.w.shape}, which is an {x.axes[0]!r} axis and not a "
@@ -379,8 +380,7 @@ def _looped(densify: Any, cond_jaxpr: Any, body_jaxpr: Any) -> Any:
 @register(p.cond_p)
 def cond(context: Context, index: Any, *operands: Any, branches: Sequence[Any], **params: Any) -> list[Any]:
     """Every branch is interpreted; none may return a weight."""
-    out = kept(_switched, context, (index, list(operands)), tuple(branches), key=context.key)
-    return out
+    return kept(_switched, context, (index, list(operands)), tuple(branches), key=context.key)
 
 
 def _switched(densify: Any, branches: Sequence[Any]) -> Any:
@@ -389,15 +389,7 @@ def _switched(densify: Any, branches: Sequence[Any]) -> Any:
 
         def branch(jaxpr: Any, values: Any, key: Any) -> list[Any]:
             out = _run(jaxpr, values, key, densify)
-            weights = [x for x in out if _is_weight(x) and not densify.issuperset(x.paths)]
-            if weights:
-                raise RefusedError(
-                    [path for w in weights for path in w.paths],
-                    "cond",
-                    "",
-                    "a branch returns the weight itself",
-                )
-            return [x.dense() if _is_weight(x) else x for x in out]
+            return arrays_only(out, densify, "cond", "a branch returns the weight itself")
 
         return lax.switch(index, [functools.partial(branch, jaxpr) for jaxpr in branches], values, key)
 

@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
 from lora_jax.interpret import Context, RefusedError, evaluate, register
-from lora_jax.rules.control import Closed, true_names
+from lora_jax.rules.control import Closed, arrays_only, is_weight, true_names
 from lora_jax.rules.linear import Label, Labelled, as_dtype, contract, factor_labels, scaled
 from lora_jax.weight import LoraWeight, wide_dtype
 
@@ -38,14 +38,10 @@ def custom_vjp(context: Context, *operands: Any, **params: Any) -> list[Any]:
     if context.key is not None and any(isinstance(x, LoraWeight) and x.dropout for x in operands):
         raise context.refuse(operands, "its own backward pass could not drop the entries that it drops")
     try:
-        names = true_names([x for x in operands if _is_weight(x)])
+        names = true_names([x for x in operands if is_weight(x)])
         return _with_vjp(context, params, names)(list(operands))
     except RefusedError as error:
         raise error.located({}, context.where) from None
-
-
-def _is_weight(x: Any) -> bool:
-    return isinstance(x, LoraWeight)
 
 
 def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -> Callable[..., list[Any]]:
@@ -61,7 +57,7 @@ def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -
     def forward(marked: Any) -> tuple[Any, Any]:
         operands = jax.tree.map(lambda x: x.value, marked, is_leaf=_is_marked)
         # Whether a base is differentiated too; a structure says it, since residuals are arrays.
-        asked = [x.w.perturbed if _is_weight(x) else False for x in marked]
+        asked = [x.w.perturbed if is_weight(x) else False for x in marked]
         # What the function's own forward pass gives, which second derivatives go through, as in jax.
         out = evaluate(_forward(bare, operands), operands, None, densify)
         return _returned(out), (operands, [() if yes else None for yes in asked])
@@ -79,12 +75,8 @@ def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -
 
 
 def _returned(out: list[Any]) -> list[Any]:
-    paths = [path for x in out if _is_weight(x) for path in x.paths]
-    if paths:
-        raise RefusedError(
-            paths, "custom_vjp_call", "", "the function returns a weight, or one made of weights"
-        )
-    return out
+    why = "the function returns a weight, or one made of weights"
+    return arrays_only(out, frozenset(), "custom_vjp_call", why)
 
 
 def _instantiated(x: Any) -> Any:
@@ -111,9 +103,9 @@ def _pulled(bare: Callable[..., Any], values: Sequence[Any]) -> tuple[list[Any],
 
 def _forward(bare: Callable[..., Any], operands: Sequence[Any]) -> Any:
     """The jaxpr of the function's own forward pass, without its residuals."""
-    bases = [x.w if _is_weight(x) else x for x in operands]
+    bases = [x.w if is_weight(x) else x for x in operands]
     whole = jax.make_jaxpr(lambda *values: _pulled(bare, values)[0])(*bases)
-    return _Needed(whole, [v for v in Closed(whole).jaxpr.outvars])
+    return _Needed(whole, Closed(whole).jaxpr.outvars)
 
 
 def _gradients(
@@ -124,9 +116,11 @@ def _gradients(
     floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands]
 
     def pull(*values: Any) -> list[Any]:
-        return list(_pulled(bare, values[:n])[1](list(values[n:])))
+        backward = _pulled(bare, values[:n])[1]
+        lax.optimization_barrier_p.bind()
+        return list(backward(list(values[n:])))
 
-    bases = [x.w if _is_weight(x) else x for x in operands]
+    bases = [x.w if is_weight(x) else x for x in operands]
     flat = jax.make_jaxpr(_inlined(jax.make_jaxpr(pull)(*bases, *cotangents)))(*bases, *cotangents)
     jaxpr = Closed(flat).jaxpr
     made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
@@ -136,7 +130,7 @@ def _gradients(
     products: dict[int, list[_Product]] = {}
     wanted: list[Any] = []
     for i, (x, var) in enumerate(zip(operands, outvars, strict=True)):
-        if _is_weight(x):
+        if is_weight(x):
             labels: list[Label] = [("w", k) for k in range(x.ndim)]
             try:
                 products[i] = list(_products(made, var, labels, x))
@@ -147,7 +141,7 @@ def _gradients(
             wanted += [
                 v for product in products[i] for v in (product.x, product.y, *(v for v, _ in product.factors))
             ]
-        if var is not None and (not _is_weight(x) or asked[i]):
+        if var is not None and (not is_weight(x) or asked[i]):
             wanted.append(var)
     needed = list(dict.fromkeys(v for v in wanted if not isinstance(v, Literal) and v is not _ONE))
     values = evaluate(_Needed(flat, needed), [*operands, *cotangents], None, densify)
@@ -155,7 +149,7 @@ def _gradients(
 
     def read(v: Any) -> Any:
         x: Any = jnp.ones(()) if v is _ONE else v.val if isinstance(v, Literal) else value[v]
-        if not _is_weight(x):
+        if not is_weight(x):
             return x
         if not densify.issuperset(x.paths):
             raise RefusedError(x.paths, "custom_vjp_call", "", "its backward pass uses the weight as data")
@@ -163,7 +157,7 @@ def _gradients(
 
     gradients: list[Any] = []
     for i, (x, var) in enumerate(zip(operands, outvars, strict=True)):
-        if _is_weight(x):
+        if is_weight(x):
             a, b = _of_factors(x, products[i], read)
             w = as_dtype(read(var), x.w.dtype) if asked[i] else None
             gradients.append(x.replace(w=w, a=a, b=b, scale=None))
@@ -173,18 +167,26 @@ def _gradients(
 
 
 class _Needed:
-    """A closed jaxpr cut down to what some of its variables need."""
+    """A closed jaxpr cut down to what some of its variables need, and to its effects."""
 
     def __init__(self, whole: Any, outvars: Sequence[Any]):
-        jaxpr, needed, eqns = Closed(whole).jaxpr, set(outvars), []
+        jaxpr, eqns = Closed(whole).jaxpr, []
+        needed = {v for v in outvars if not isinstance(v, Literal)}
+        own = True  # not of a forward pass that has run already
         for eqn in reversed(jaxpr.eqns):
-            if needed.intersection(eqn.outvars):
+            own = own and not _is_boundary(eqn)
+            if needed.intersection(eqn.outvars) or (own and eqn.effects):
                 eqns.append(eqn)
                 needed.update(v for v in eqn.invars if not isinstance(v, Literal))
         self.jaxpr = SimpleNamespace(
             invars=jaxpr.invars, constvars=jaxpr.constvars, eqns=eqns[::-1], outvars=list(outvars)
         )
         self.consts = Closed(whole).consts
+
+
+def _is_boundary(eqn: Any) -> bool:
+    """Whether it is the barrier without operands that stands between a forward and a backward pass."""
+    return eqn.primitive is lax.optimization_barrier_p and not eqn.invars
 
 
 def _inlined(whole: Any) -> Callable[..., list[Any]]:

@@ -20,7 +20,7 @@ from jax.extend.core import primitives as p
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.rules.shape import broadcasted, per_axis, permuted, squeezed
+from lora_jax.rules.shape import broadcasted, per_axis, permuted, relabelled, squeezed
 from lora_jax.weight import AxisKind, LoraWeight, joint_path, wide_dtype
 
 RANK = "rank"
@@ -259,10 +259,6 @@ def dot_general(
     w_sum, x_sum, w_batch, x_batch = (
         (lhs_sum, rhs_sum, lhs_batch, rhs_batch) if swap else (rhs_sum, lhs_sum, rhs_batch, lhs_batch)
     )
-    if not any(weight.axes[i] in ("in", "out") for i in w_sum):
-        raise context.refuse(
-            [weight], "it sums over none of the weight's in or out axes, so the result is an outer product"
-        )
     base = bind(context.eqn, [v.w if isinstance(v, LoraWeight) else v for v in (lhs, rhs)])[0]
 
     w_labels: list[Label] = [("w", i) for i in range(len(weight.axes))]
@@ -273,6 +269,8 @@ def dot_general(
     free_x = [s for i, s in enumerate(x_labels) if i not in (*x_sum, *x_batch)]
     free = (*free_w, *free_x) if swap else (*free_x, *free_w)
     out_labels = [*(w_labels[i] for i in w_batch), *free]
+    if not any(weight.axes[i] in ("in", "out") for i in w_sum):
+        return _mixture(context, weight, w_labels, Labelled(x, tuple(x_labels)), base, out_labels)
     # A unit axis is in neither factor: it leaves x, and comes back as an axis of size one.
     units = {w_labels[i] for i in weight.axes_of("unit")}
     gone = [j for j, label in enumerate(x_labels) if label in units]
@@ -290,6 +288,61 @@ def dot_general(
     if len(kept) < len(out_labels):
         branch = lax.expand_dims(branch, [i for i, label in enumerate(out_labels) if label in units])
     return add_branch(context, base, branch)
+
+
+def _mixture(
+    context: Context,
+    weight: LoraWeight,
+    w_labels: Sequence[Label],
+    x: Labelled,
+    base: jax.Array,
+    out_labels: Sequence[Label],
+) -> LoraWeight:
+    """Σ x·W over batch axes alone, or over none: a weight for each of x's own axes.
+
+    x multiplies one factor, and what is summed goes to the rank: Σₗ xₗAₗBₗ = [x₁A₁ x₂A₂ …][B₁; B₂; …].
+    """
+    kind = dict(zip(w_labels, weight.axes, strict=True))
+    varies = {kind[label] for label in x.labels if label in kind}
+    if {"in", "out"} <= varies:
+        raise context.refuse([weight], "the product is elementwise along in and along out axes")
+    units = {label for label in w_labels if kind[label] == "unit"}
+    gone = [i for i, label in enumerate(x.labels) if label in units]
+    x = Labelled(lax.squeeze(x.array, gone), tuple(label for label in x.labels if label not in units))
+    a_labels, b_labels = factor_labels(weight, w_labels)
+    dtype = wide_dtype(x.array.dtype, weight.a.dtype, weight.b.dtype)
+    a = Labelled(scaled(as_dtype(weight.a, dtype), weight.scale), a_labels)
+    b = Labelled(as_dtype(weight.b, dtype), b_labels)
+    x = Labelled(as_dtype(x.array, dtype), x.labels)
+    if "out" in varies:
+        b = contract(b, x, {*b.labels, *x.labels}, lax.Precision.HIGHEST)
+    else:
+        a = contract(a, x, {*a.labels, *x.labels}, lax.Precision.HIGHEST)
+    sizes = {s: n for y in (a, b) for s, n in zip(y.labels, y.array.shape, strict=True)}
+    sizes |= dict(zip(x.labels, x.array.shape, strict=True))
+    axes: tuple[AxisKind, ...] = tuple(kind.get(label, "batch") for label in out_labels)
+    batch, inner, outer = (
+        [label for label, k in zip(out_labels, axes, strict=True) if k == which]
+        for which in ("batch", "in", "out")
+    )
+    ranks = [label for label in w_labels if kind[label] == "batch" and label not in out_labels] + [RANK]
+
+    def factor(y: Labelled, labels: Sequence[Label]) -> jax.Array:
+        order = [label for label in labels if label in y.labels]
+        array = lax.transpose(y.array, [y.labels.index(label) for label in order])
+        return lax.broadcast_in_dim(
+            array, [sizes[label] for label in labels], [labels.index(label) for label in order]
+        )
+
+    rank = math.prod(sizes[label] for label in ranks)
+    shape, m, n = ([sizes[label] for label in labels] for labels in (batch, inner, outer))
+    return weight.replace(
+        w=base,
+        a=lax.reshape(factor(a, [*batch, *inner, *ranks]), (*shape, *m, rank)),
+        b=lax.reshape(factor(b, [*batch, *ranks, *outer]), (*shape, rank, *n)),
+        scale=jnp.ones(shape, weight.scale.dtype),
+        axes=axes,
+    )
 
 
 def _product_of_weights(
@@ -327,6 +380,7 @@ def _product_of_weights(
     batch: tuple[Label, ...] = tuple(labels[0][i] for i in batches[0])
     free1 = [s for i, s in enumerate(labels[0]) if i not in (*sums[0], *batches[0])]
     free2 = [s for j, s in enumerate(labels[1]) if j not in (*sums[1], *batches[1])]
+    specs = _specs(w1, base, [*batch, *free1, *free2])
     thin1, thin2 = ([s for s in f if s in far.labels] for f, far in ((free1, far1), (free2, far2)))
     # In float32 or wider, whatever the precision of the base's product.
     exact = lax.Precision.HIGHEST
@@ -336,18 +390,21 @@ def _product_of_weights(
         units = [i for i, s in enumerate(x.labels) if s not in wanted]
         left = [s for s in x.labels if s in wanted]
         array = lax.squeeze(x.array, units) if units else x.array
-        return lax.transpose(array, [left.index(s) for s in wanted])
+        array = lax.transpose(array, [left.index(s) for s in wanted])
+        if specs is None:
+            return array
+        return jax.sharding.reshard(array, _sharding(array, [dict(specs).get(s) for s in wanted]))
 
     keep = {*batch, *free1, *free2, (RANK, 1), (RANK, 2)}
     rank1, rank2 = (*batch, (RANK, 1), *thin2), (*batch, (RANK, 2), *thin2)
-    through = ordered(contract(near1, w2, keep, exact), rank1)
-    inner = contract(near1, near2, keep, exact)
+    through = ordered(contract(near1, w2, keep, exact, specs), rank1)
+    inner = contract(near1, near2, keep, exact, specs)
     inner = Labelled(
         scaled(ordered(inner, (*batch, (RANK, 1), (RANK, 2))), rhs.scale), (*batch, (RANK, 1), (RANK, 2))
     )
     far2 = Labelled(ordered(far2, rank2), rank2)
-    through = lax.add(through, ordered(contract(inner, far2, keep - {(RANK, 2)}, exact), rank1))
-    left = ordered(contract(w1, near2, keep, exact), (*batch, *thin1, (RANK, 2)))
+    through = lax.add(through, ordered(contract(inner, far2, keep - {(RANK, 2)}, exact, specs), rank1))
+    left = ordered(contract(w1, near2, keep, exact, specs), (*batch, *thin1, (RANK, 2)))
     a = lax.concatenate([ordered(far1, (*batch, *thin1, (RANK, 1))), left], len(batch) + len(thin1))
     b = lax.concatenate([scaled(through, lhs.scale), scaled(far2.array, rhs.scale)], len(batch))
     axes: list[AxisKind] = ["batch"] * base.ndim
@@ -382,8 +439,16 @@ def ragged_dot(
         raise context.refuse([rhs], "the ragged product has a group offset or a sharding of its own")
     weight, (group,) = rhs, dims.rhs_group_dimensions
     (x_sum, w_sum), (x_batch, w_batch) = dims.dot_dimension_numbers
-    if "unit" in {weight.axes[i] for i in (group, *w_sum, *w_batch)}:
-        raise context.refuse([weight], "an axis of size one holds the groups, or is summed over")
+    kinds: dict[int, AxisKind] = {
+        group: "batch",
+        **dict.fromkeys(w_batch, "batch"),
+        **dict.fromkeys(w_sum, "in"),
+    }
+    axes: list[AxisKind] = [
+        kinds.get(i, "unit") if kind == "unit" else kind for i, kind in enumerate(weight.axes)
+    ]
+    thick = relabelled(weight, axes)  # an axis of size one that the product uses is in a factor
+    weight = weight if thick is None else thick
     if not any(weight.axes[i] in ("in", "out") for i in w_sum):
         raise context.refuse([weight], "it sums over none of the weight's in or out axes")
     base = bind(context.eqn, [lhs, weight.w, group_sizes])[0]

@@ -47,6 +47,54 @@ def per_axis(
     )
 
 
+def flipped(weight: LoraWeight) -> LoraWeight:
+    """The same weight with in axes called out and out axes in: of (A B)ᵀ = Bᵀ Aᵀ the right side."""
+    n = len(weight.axes_of("batch"))
+    swap: dict[AxisKind, AxisKind] = {"in": "out", "out": "in"}
+    a_order = [*range(n), *range(n + 1, weight.b.ndim), n]
+    b_order = [*range(n), weight.a.ndim - 1, *range(n, weight.a.ndim - 1)]
+    return weight.replace(
+        a=lax.transpose(weight.b, a_order),
+        b=lax.transpose(weight.a, b_order),
+        axes=tuple(swap.get(kind, kind) for kind in weight.axes),
+    )
+
+
+def relabelled(weight: LoraWeight, axes: Sequence[AxisKind]) -> LoraWeight | None:
+    """The same weight with other kinds of axes, or None: an axis of size one may be of any kind."""
+
+    def fits(kinds: Sequence[AxisKind]) -> bool:
+        return all(n == 1 or k == new for n, k, new in zip(weight.w.shape, kinds, axes, strict=True))
+
+    if not fits(weight.axes):
+        weight = flipped(weight)
+        if not fits(weight.axes):
+            return None
+    changed = [i for i, kind in enumerate(weight.axes) if kind != axes[i]]
+    if not changed:
+        return weight
+
+    def thin(factor: jax.Array, where: Any) -> jax.Array:
+        return lax.squeeze(factor, [place for i in changed if (place := where(i)) is not None])
+
+    thinned = per_axis(weight, weight.w, thin)
+
+    def thick(factor: jax.Array, kinds: Sequence[str]) -> jax.Array:
+        order = [i for kind in kinds for i, k in enumerate(axes) if k == kind]
+        rank = len(axes)  # stands for the rank axis: behind a's in axes, before b's out axes
+        order.insert(len(order) if "in" in kinds else sum(k == "batch" for k in axes), rank)
+        if kinds == ("batch",):
+            order.remove(rank)
+        return lax.expand_dims(factor, [place for place, i in enumerate(order) if i in changed])
+
+    return thinned.replace(
+        a=thick(thinned.a, ("batch", "in")),
+        b=thick(thinned.b, ("batch", "out")),
+        scale=thick(thinned.scale, ("batch",)),
+        axes=tuple(axes),
+    )
+
+
 @register(p.convert_element_type_p, p.reduce_precision_p)
 def cast(context: Context, *operands: Any, **params: Any) -> LoraWeight:
     """The base is rounded as the model says; the factors keep their precision."""
@@ -196,16 +244,9 @@ def all_gather(
     return per_axis(weight, _base(context, weight), act)
 
 
-@register(p.device_put_p)
-def device_put(context: Context, *operands: Any, **params: Any) -> list[Any]:
-    """The base moves; the factors follow where they are used."""
-    arrays = bind(context.eqn, [x.w if isinstance(x, LoraWeight) else x for x in operands])
-    return [x.replace(w=w) if isinstance(x, LoraWeight) else w for x, w in zip(operands, arrays, strict=True)]
-
-
-@register(lax.optimization_barrier_p)
-def optimization_barrier(context: Context, *operands: Any) -> list[Any]:
-    """The base arrays pass the barrier together, with whatever else does."""
+@register(p.device_put_p, lax.optimization_barrier_p)
+def pass_on_together(context: Context, *operands: Any, **params: Any) -> list[Any]:
+    """The base arrays move, or pass the barrier, with whatever else does; the factors follow in use."""
     arrays = bind(context.eqn, [x.w if isinstance(x, LoraWeight) else x for x in operands])
     return [x.replace(w=w) if isinstance(x, LoraWeight) else w for x, w in zip(operands, arrays, strict=True)]
 
