@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import weight
+from cases import CASES, weight
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax.weight import is_wrapped_leaf
 
 
 def mesh(kind):
@@ -86,6 +87,56 @@ def test_values_gradients_and_shardings(row, factors, kind):
             jax.jit(jax.grad(loss))((placed.a, placed.b), placed, x), gradients, strict=True
         ):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * (1 + np.abs(want).max()))
+
+
+def placements():
+    """Specs for a weight and for an input: column-parallel, row-parallel, data-parallel, replicated."""
+
+    def first(x, name):
+        return P(name) if x.ndim and x.shape[0] % 2 == 0 else P()
+
+    def last(w):
+        return P(*(None,) * (w.ndim - 1), "model") if w.shape[-1] % 2 == 0 else P()
+
+    yield last, lambda x: first(x, "data")
+    yield lambda w: first(w, "model"), lambda x: first(x, "data")
+    yield lambda w: P(), lambda x: first(x, "data")
+    yield lambda w: P(), lambda x: P()
+
+
+def on_weights(fn, tree):
+    return jax.tree.map(lambda n: fn(n) if is_wrapped_leaf(n) else n, tree, is_leaf=is_wrapped_leaf)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_every_row_keeps_the_shardings_that_are_part_of_types(case):
+    """In the first placement in which the bare function itself can be typed; A and B are replicated."""
+    explicit = jax.make_mesh(
+        (2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4]
+    )
+    tree, inputs = case.wrapped(jnp.float32, False), case.inputs(jnp.float32)
+
+    def types(fn, tree, inputs):
+        return [(aval, aval.weak_type) for aval in jax.make_jaxpr(fn)(tree, *inputs).out_avals]
+
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(explicit, spec))
+
+    with jax.set_mesh(explicit):
+        replicated = jax.tree.map(lambda x: put(x, P()), tree)
+        for of_weight, of_input in placements():
+            placed = on_weights(lambda n, spec=of_weight: n.replace(w=put(n.w, spec(n.w))), replicated)
+            xs = [put(x, of_input(x)) for x in inputs]
+            try:
+                expected = types(case.fn, on_weights(lambda n: n.w, placed), xs)
+            except Exception:  # jax's own: this placement leaves a result's sharding open
+                continue
+            assert types(lora_jax.lora(case.fn), placed, xs) == expected
+            return
+    assert case.name in UNTYPED, "the bare function has no type in any placement"
+
+
+UNTYPED: set[str] = set()
 
 
 def two_layers(up, down, gathered, x):

@@ -341,7 +341,7 @@ def einsum(w: Writer, scope: Scope) -> bool:
     shared = [c for i, c in enumerate(letters) if i == first or w.chance(40)]
     gone = {c for c in shared if c == letters[first] or w.chance(60)}
     terms = ["".join(w.shuffled([*shared, *w.some("xy", 40)]))]
-    # A third operand may be multiplied into the weight first, which has no low-rank form for each of them.
+    # A third operand may be multiplied into the weight first; along in and out that has no low-rank form.
     if w.chance(10):
         terms.append("".join(w.shuffled([*w.some(terms[0], 50), *w.some("x", 40)])))
     out = w.shuffled([c for c in size if c in letters + "".join(terms) and c not in gone])
@@ -771,6 +771,39 @@ def product(w: Writer, scope: Scope) -> bool:
     return True
 
 
+def mixture(w: Writer, scope: Scope) -> bool:
+    """The product with data over batch axes or none: a weight for each of the data's own axes."""
+    value = w.weight(scope, lambda v: len(v.shape) < 6)
+    if value is None or value.kinds is None:
+        return False
+    kinds, shape = value.kinds, value.shape
+    apart = ("batch", "unit", w.pick(("in", "out")))
+    summed = [i for i, kind in enumerate(kinds) if kind in ("batch", "unit") and w.chance(60)]
+    batch = w.shuffled(
+        [i for i, kind in enumerate(kinds) if i not in summed and kind in apart and w.chance(40)]
+    )
+    rest = [i for i in range(len(shape)) if i not in summed and i not in batch]
+    free = [w.between(1, 3)] if w.chance(50) else []
+    if math.prod(shape) * math.prod(free) > LARGEST:
+        return False
+    roles = w.shuffled([*(("w", i) for i in (*summed, *batch)), *(("x", n) for n in free)])
+    x = w.data(scope, tuple(shape[i] if side == "w" else i for side, i in roles))
+    x_sum, x_batch = (tuple(roles.index(("w", i)) for i in group) for group in (summed, batch))
+    parts = [([shape[i] for i in rest], [kinds[i] for i in rest]), (free, ["batch"] * len(free))]
+    operands, dims = [w.use(value), x], [(tuple(summed), tuple(batch)), (x_sum, x_batch)]
+    if w.chance(50):
+        parts, operands, dims = parts[::-1], operands[::-1], dims[::-1]
+    numbers = tuple(zip(*dims, strict=True))
+    factor = f"{1 / math.sqrt(max(1, math.prod(shape[i] for i in summed))):.3f}"
+    w.let(
+        scope,
+        f"lax.dot_general({', '.join(operands)}, {numbers}) * {factor}",
+        [*(shape[i] for i in batch), *(n for sizes, _ in parts for n in sizes)],
+        [*(kinds[i] for i in batch), *(kind for _, names in parts for kind in names)],
+    )
+    return True
+
+
 def pad(w: Writer, scope: Scope) -> bool:
     value = w.weight(scope)
     if value is None:
@@ -1179,6 +1212,7 @@ STEPS: dict[Step, int] = {
     scale: 6,
     reduce: 3,
     product: 3,
+    mixture: 3,
     pad: 1,
     elementwise: 6,
     rearranged: 3,
