@@ -873,6 +873,11 @@ _own_einsum.defvjp(
 )
 
 
+@case({"w": WIDE}, (3, 5, 32), (20,), ())
+def custom_vjp_of_a_scaled_weight(p, x, b, s):
+    return _own_dense(x, p["w"] * s, b)
+
+
 @jax.custom_vjp
 def _own_repeated(w, x):
     return jnp.einsum("bi,iho->bho", x, jnp.broadcast_to(w[:, None, :], (32, 2, 20)))

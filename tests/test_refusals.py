@@ -221,6 +221,29 @@ def test_registering_what_is_no_primitive_is_refused(given):
         lora_jax.register(*given)
 
 
+def test_outputs_without_a_cotangent_stay_symbolic_zeros():
+    """As in jax, whose vmap of a custom_vjp counts on it from 0.12 on."""
+
+    @jax.custom_vjp
+    def both(w, x):
+        return x @ w, 2.0 * w.sum(0)
+
+    both.defvjp(
+        lambda w, x: (both(w, x), (w, x)),
+        lambda saved, g: (saved[1].T @ g[0], g[0] @ saved[0].T),
+    )
+    w = weight("w", (4, 4), ("in", "out"), jnp.float64)
+    xs = jax.random.normal(jax.random.key(0), (3, 2, 4), jnp.float64)
+
+    def gradient(run):
+        def mapped(w):
+            return jax.vmap(lambda x: both(w, x), out_axes=(0, None))(xs)[0]
+
+        return jax.grad(lambda ab: jnp.sum(jnp.sin(run(mapped)(w.replace(a=ab[0], b=ab[1])))))((w.a, w.b))
+
+    assert_same(gradient(lora_jax.lora), gradient(lambda f: lambda w: f(w.dense())))
+
+
 @pytest.mark.parametrize("wrong", [lambda w: None, lambda w: w.w[0], lambda w: [w.w], lambda w: w.w.sum()])
 def test_what_a_rule_returns_is_checked(wrong, monkeypatch):
     from jax.extend.core import primitives

@@ -64,9 +64,15 @@ def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -
 
     def backward(saved: Any, cotangents: Any) -> Any:
         operands, asked = saved
-        cotangents = [_instantiated(x) for x in cotangents]
+        # Outputs without a cotangent are left out, so that the backward pass sees a symbolic zero, as in jax.
+        live = [not isinstance(x, SymbolicZero) for x in cotangents]
+        given = [x for x, yes in zip(cotangents, live, strict=True) if yes]
+
+        def of_live(*values: Any) -> list[Any]:
+            return [x for x, yes in zip(bare(*values), live, strict=True) if yes]
+
         try:
-            return (_gradients(bare, operands, [x is not None for x in asked], cotangents, densify),)
+            return (_gradients(of_live, operands, [x is not None for x in asked], given, densify),)
         except RefusedError as error:
             raise error.located(names, context.where) from None
 
@@ -77,13 +83,6 @@ def _with_vjp(context: Context, params: dict[str, Any], names: dict[str, str]) -
 def _returned(out: list[Any]) -> list[Any]:
     why = "the function returns a weight, or one made of weights"
     return arrays_only(out, frozenset(), "custom_vjp_call", why)
-
-
-def _instantiated(x: Any) -> Any:
-    if not isinstance(x, SymbolicZero):
-        return x
-    aval: Any = x.aval
-    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _is_marked(x: Any) -> bool:
@@ -158,9 +157,9 @@ def _gradients(
     gradients: list[Any] = []
     for i, (x, var) in enumerate(zip(operands, outvars, strict=True)):
         if is_weight(x):
-            a, b = _of_factors(x, products[i], read)
+            a, b, scale = _of_factors(x, products[i], read)
             w = as_dtype(read(var), x.w.dtype) if asked[i] else None
-            gradients.append(x.replace(w=w, a=a, b=b, scale=None))
+            gradients.append(x.replace(w=w, a=a, b=b, scale=scale))
         else:
             gradients.append(None if var is None else read(var))
     return gradients
@@ -287,11 +286,11 @@ def _products(
 
 def _of_factors(
     weight: LoraWeight, products: Sequence[_Product], read: Callable[[Any], Any]
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients of a and b from the terms of dW."""
+) -> tuple[jax.Array, ...]:
+    """The gradients of a, b and the scale from the terms of dW."""
     a_labels, b_labels = factor_labels(weight, [("w", k) for k in range(weight.ndim)])
     a = Labelled(weight.a, a_labels)
-    b = Labelled(scaled(as_dtype(weight.b, wide_dtype(weight.b.dtype)), weight.scale), b_labels)
+    b = Labelled(weight.b, b_labels)
 
     def summed(factor: Labelled, wanted: tuple[Label, ...]) -> jax.Array:
         total = None
@@ -318,9 +317,14 @@ def _of_factors(
             total = array if total is None else total + array
         return total if total is not None else jnp.zeros(())
 
-    of_a, of_b = summed(b, a_labels), summed(a, b_labels)
-    of_b = scaled(of_b, weight.scale) if of_b.ndim else of_b
-    return tuple(
-        jnp.broadcast_to(as_dtype(x, like.dtype), like.shape)
-        for x, like in ((of_a, weight.a), (of_b, weight.b))
-    )  # type: ignore[return-value]
+    of_a, of_b = (
+        jnp.broadcast_to(x, like.shape)
+        for x, like in ((summed(b, a_labels), weight.a), (summed(a, b_labels), weight.b))
+    )
+    # What is made of the whole product is divided among a, b and the scale as in s·A·B.
+    of_scale = jnp.sum(of_a * as_dtype(weight.a, of_a.dtype), range(weight.scale.ndim, of_a.ndim))
+    return (
+        as_dtype(scaled(of_a, weight.scale), weight.a.dtype),
+        as_dtype(scaled(of_b, weight.scale), weight.b.dtype),
+        as_dtype(of_scale, weight.scale.dtype),
+    )

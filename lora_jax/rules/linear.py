@@ -256,6 +256,7 @@ def dot_general(
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     swap = isinstance(lhs, LoraWeight)
     weight, x = (lhs, rhs) if swap else (rhs, lhs)
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x, x.dtype)  # a literal
     w_sum, x_sum, w_batch, x_batch = (
         (lhs_sum, rhs_sum, lhs_batch, rhs_batch) if swap else (rhs_sum, lhs_sum, rhs_batch, lhs_batch)
     )
