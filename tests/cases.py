@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -40,12 +41,13 @@ def add(name: str, fn: Callable[..., Any], wrapped: Callable[..., Any], inputs: 
     CASES.append(Case(name, fn, functools.cache(wrapped), functools.cache(inputs)))
 
 
-def key(name: str) -> jax.Array:
-    return jax.random.key(zlib.crc32(name.encode()))
+def numbers(name: str, shape: tuple[int, ...]) -> Any:
+    # By numpy, which has nothing to compile for every shape.
+    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
 
 
 def normal(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.normal(key(name), shape, jnp.float64).astype(dtype)
+    return jnp.asarray(numbers(name, shape).astype(dtype))
 
 
 def weight(
@@ -58,11 +60,11 @@ def weight(
 ) -> LoraWeight:
     batch, inner, outer = sizes(shape, axes)
     factor = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-    b = normal(name + "b", (*batch, rank, *outer), factor)
+    b = numbers(name + "b", (*batch, rank, *outer))
     return LoraWeight(
         normal(name + "w", shape, dtype),
         normal(name + "a", (*batch, *inner, rank), factor),
-        jnp.zeros_like(b) if zero else b,
+        jnp.asarray((np.zeros_like(b) if zero else b).astype(factor)),
         1.0 + jnp.arange(sum(batch) or 1, dtype=jnp.float32)[: batch[0]] if len(batch) == 1 else 0.5,
         axes,
         name,
@@ -104,8 +106,9 @@ def randomised(tree: Any, dtype: Any, zero: bool) -> Any:
         factor = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
         # Of the size of trained factors: with larger ones the models' norms lose digits to cancellation.
         fan_in = math.prod(sizes(node.w.shape, node.axes)[1])
-        a = normal(node.path + "a", node.a.shape, factor) / jnp.sqrt(jnp.asarray(fan_in, factor))
-        b = normal(node.path + "b", node.b.shape, factor) * jnp.asarray(0 if zero else 0.3, factor)
+        a = numbers(node.path + "a", node.a.shape) / np.sqrt(fan_in)
+        b = numbers(node.path + "b", node.b.shape) * (0 if zero else 0.3)
+        a, b = (jnp.asarray(x.astype(factor)) for x in (a, b))
         return node.replace(w=node.w.astype(dtype), a=a, b=b)
 
     return jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf)

@@ -1,5 +1,7 @@
 """Laws 2 and 4: outputs have the types of the bare function, and its values while b is zero."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,13 @@ from cases import CASES, dense_tree
 import lora_jax
 
 
-@pytest.fixture(autouse=True)
+@contextlib.contextmanager
 def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -39,13 +43,15 @@ def test_types_are_those_of_the_bare_function(case, dtype):
 def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
     wrapped, inputs = case.wrapped(dtype, True), case.inputs(dtype)
     base = dense_tree(wrapped)
-    if case.name in FUSED:
-        jax.config.update("jax_disable_most_optimizations", True)
-    for run in (lambda f: f, jax.jit):
-        expected = run(case.fn)(base, *inputs)
-        actual = run(lora_jax.lora(case.fn))(wrapped, *inputs)
+
+    def compare(run):
+        expected, actual = run(case.fn)(base, *inputs), run(lora_jax.lora(case.fn))(wrapped, *inputs)
         for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+    compare(lambda f: f)
+    with contextlib.nullcontext() if case.name in FUSED else optimized():
+        compare(jax.jit)
 
 
 @pytest.mark.parametrize("case", ROWS, ids=repr)
