@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import nnx
 from lora_jax.interpret import lora
-from lora_jax.params import combine, merge, partition
+from lora_jax.params import combine, merge, partition, require_wrapped
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import LoraWeight, is_wrapped_leaf, wide_dtype
 
@@ -91,6 +92,7 @@ def check_merge(fn: Callable[..., Any], wrapped: Any, *args: Any, **kwargs: Any)
     >>> report.leaves[0].unmoved
     1.0
     """
+    require_wrapped(nnx.opened(wrapped)[0], "check_merge")
     merged = merge(wrapped)
     new = dict(leaves_with_path(merged))
     nodes = dict(leaves_with_path(wrapped, is_wrapped_leaf)).values()

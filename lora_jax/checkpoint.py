@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lora_jax import nnx
 from lora_jax import params as params_lib
 from lora_jax.params import Adapter
 from lora_jax.tree import leaves_with_path
@@ -69,6 +70,8 @@ def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool 
     (8, 2)
     """
     target = _local(path)
+    if not isinstance(wrapped, Adapter):
+        params_lib.require_wrapped(nnx.opened(wrapped)[0], "save_adapter")
     adapter = wrapped if isinstance(wrapped, Adapter) else params_lib.adapter(wrapped)
     _check_vacant(target, overwrite)
     created = [folder for folder in target.parents if not folder.exists()]
@@ -160,6 +163,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"the path is {path!r}; write a string or a pathlib.Path.")
     text = os.fspath(path)
     if "://" in text:
         raise ValueError(

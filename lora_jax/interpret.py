@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal, Primitive
 
 from lora_jax import nnx
 from lora_jax.tree import Pattern, literal, matches, nearest
-from lora_jax.weight import FullWeight, LoraWeight, check_whole, is_wrapped_leaf, parted
+from lora_jax.weight import FullWeight, LoraWeight, check_whole, is_wrapped_leaf, parted, sizes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,6 +122,8 @@ def register(*primitives: Primitive | str) -> Callable[[Rule], Rule]:
         )
 
     def decorate(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise TypeError(f"a rule is a function of context, operands and params, and not {rule!r}.")
         for primitive in primitives:
             name = getattr(primitive, "name", primitive)
             if primitive in _RULES or name in _RULES:
@@ -143,8 +146,8 @@ def lora(
     `x @ W` becomes `x @ W + s (x @ A) @ B`, in float32 or wider, rounded once to the base's dtype.
     It composes with jit, grad, vmap, scan, remat and shardings, inside and outside of fn.
 
-    Only jax arrays and LoraWeights are traced. Every other leaf (numbers, strings, numpy arrays,
-    functions) reaches fn as it is, and outputs that are no jax arrays come back as they are.
+    Arrays, jax's and numpy's, and LoraWeights are traced, as under `jax.jit`. Every other leaf (numbers,
+    strings, functions) reaches fn as it is, and outputs that are no jax arrays come back as they are.
     What fn mutates on an nnx module that it was given is written back to the module.
 
     Args:
@@ -162,6 +165,7 @@ def lora(
             the primitive, the line of the model and the two ways on.
         ValueError: a tree with holes (one half of `partition`) or a densify pattern that matches
             nothing.
+        TypeError: key is no random key, or densify no pattern.
 
     The parametrisation is LoRA's (arXiv:2106.09685), section 4.1.
 
@@ -171,6 +175,13 @@ def lora(
     >>> lora(model)({"kernel": weight}, jnp.array([1.0, 2.0, 3.0])).tolist()
     [4.0, 5.0, 6.0]
     """
+    if key is not None and not isinstance(key, jax.Array):
+        raise TypeError(f"key is {key!r}; write lora_jax.lora(fn, key=jax.random.key(0)).")
+    if densify is not None and not (isinstance(densify, str) or callable(densify)):
+        raise TypeError(
+            f"densify is {densify!r}; write a pattern of the paths that may become dense, such as "
+            "densify='head', or a function of path and leaf."
+        )
 
     def with_lora(*args: P.args, **kwargs: P.kwargs) -> R:
         return _call(fn, args, kwargs, key, densify)
@@ -242,6 +253,8 @@ def _operand(leaf: Any) -> Any:
                 "Write lora_jax.lora(fn)(lora_jax.combine(trainable, frozen), ...)."
             )
         return leaf.dense()
+    if isinstance(leaf, np.ndarray) and (leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)):
+        return jnp.asarray(leaf)
     return leaf
 
 
@@ -397,13 +410,29 @@ def _check_outputs(context: Context, outs: Sequence[Any]) -> None:
     avals: list[Any] = [v.aval for v in context.eqn.outvars]
     expected = [(aval.shape, aval.dtype) for aval in avals]
     given = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in outs]
+    where = f" at {context.where}" if context.where else ""
+    for out in outs:
+        if isinstance(out, LoraWeight) and (wrong := _misshapen(out)):
+            raise TypeError(f"the rule for `{context.eqn.primitive.name}`{where} returned {out}: {wrong}.")
     if given != expected:
-        where = f" at {context.where}" if context.where else ""
         raise TypeError(
             f"the rule for `{context.eqn.primitive.name}`{where} returned {_shown(given)}, and the "
             f"equation's outputs are {_shown(expected)}. Return them, as arrays or as LoraWeights whose w "
             "they are."
         )
+
+
+def _misshapen(weight: LoraWeight) -> str:
+    """What is wrong with the shapes of a LoraWeight that a rule made, if anything."""
+    if len(weight.axes) != len(weight.w.shape):
+        return f"w has {len(weight.w.shape)} axes and axes name {len(weight.axes)}"
+    batch, inner, outer = sizes(weight.w.shape, weight.axes)
+    shapes = [getattr(x, "shape", None) for x in (weight.a, weight.b, weight.scale)]
+    rank = shapes[0][-1] if shapes[0] else 0
+    expected = [(*batch, *inner, rank), (*batch, rank, *outer), batch]
+    if shapes != expected:
+        return f"the shapes of a, b and scale have to be {', '.join(map(str, expected))}"
+    return ""
 
 
 def _shown(types: Sequence[tuple[Any, Any]]) -> str:
@@ -418,7 +447,8 @@ def _apply(jaxpr: Any, index: int, values: list[Any], key: Any, densify: frozens
         if rule is None:
             raise context.refuse(values, "no rule is registered for this primitive")
         outs = rule(context, *values, **eqn.params)
-        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        several = eqn.primitive.multiple_results and isinstance(outs, list | tuple)
+        outs = list(outs) if several else [outs]
         _check_outputs(context, outs)
         return [_settled(out) for out in outs]
     except RefusedError as error:

@@ -199,8 +199,8 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
         neither adapted nor cast are the same objects.
 
     Raises:
-        ValueError: no leaf is wrapped, or an entry overflows or is not a number where the base's
-            was finite (not checked under a transformation).
+        ValueError: no leaf is wrapped, dtype is no floating one, or an entry overflows or is not a
+            number where the base's was finite (not checked under a transformation).
 
     >>> W = jnp.array([[1., 2., 3.], [4., 5., 6.], [7., 8., 9.]])
     >>> wrapped = wrap({"kernel": W}, rank=2)
@@ -210,6 +210,8 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
     >>> merge(wrapped)["kernel"].tolist()
     [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0], [12.0, 15.0, 18.0]]
     """
+    if dtype is not None and not _is_floating_dtype(dtype):
+        raise ValueError(f"dtype is {dtype!r}; merge into a floating dtype, such as jnp.float32.")
     tree, close = nnx.opened(wrapped)
     require_wrapped(tree, "merge")
     checks: dict[str, Any] = {}
@@ -386,14 +388,15 @@ def stack(adapters: Sequence[Any]) -> Any:
     `jax.tree.map(lambda x: x[i], stacked)`.
 
     Args:
-        adapters: Wrapped trees of one base, with the same leaves adapted and trained in full.
+        adapters: Wrapped trees of one base, with the same leaves adapted and trained in full. That the
+            base is one is not checked.
 
     Returns:
         A tree like the first half of `partition`, whose arrays (a, b, scale; value) have a new first
         axis. The base's leaves are None.
 
     Raises:
-        ValueError: no adapter, or two that differ in their leaves, their axes or their blocks.
+        ValueError: no adapter, or two that differ in their leaves, axes, blocks or rates of dropout.
 
     >>> base = {"mlp": {"kernel": jnp.ones((8, 4))}}
     >>> two = [wrap(base, rank=2), wrap(base, rank=3, alpha=6, key=jax.random.key(1))]
@@ -442,7 +445,8 @@ def _form(leaf: Any) -> str:
     if isinstance(leaf, FullWeight):
         return f"trained in full, {leaf.value.dtype}{list(leaf.value.shape)}"
     rank = f", rank {leaf.rank} in the blocks {leaf.blocks}" if leaf.blocks else ""
-    return f"{leaf.a.dtype} factors of shape {_base_shape(leaf)} with axes {leaf.axes}{rank}"
+    drop = f", dropout {leaf.dropout}" if leaf.dropout else ""
+    return f"{leaf.a.dtype} factors of shape {_base_shape(leaf)} with axes {leaf.axes}{rank}{drop}"
 
 
 def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -649,7 +653,8 @@ def _base_shape(leaf: Leaf) -> tuple[int, ...]:
 def swap(wrapped: Any, adapter: Any) -> Any:
     """Another adapter on the same base: new a, b and scale, and new values of leaves trained in full.
 
-    The base's arrays stay the same objects. With equal ranks every shape and the tree's structure
+    The base's arrays stay the same objects; whether the adapter was made for them `attach` checks, and
+    this does not. With equal ranks every shape and the tree's structure
     stay too, so a compiled function is not compiled again.
 
     Args:

@@ -284,9 +284,8 @@ def _default_targets(
             )
         shown = [f"{leaf.path} {tuple(leaf.value.shape)}" for leaf in leaves if leaf.matrix]
         raise ValueError(
-            "no linear kernel is recognised here that exclude leaves. Name what to adapt and say what its "
-            "axes are: wrap(params, rank, targets='...', axes={'...': ('in', 'out')}). Floating leaves of "
-            "two or more "
+            "no linear kernel is recognised here. Name what to adapt and say what its axes are: "
+            "wrap(params, rank, targets='...', axes={'...': ('in', 'out')}). Floating leaves of two or more "
             f"dimensions: {_some(shown) if shown else 'none'}."
         )
     return found
@@ -516,18 +515,23 @@ def _checked_parts(path: str, ranges: Any, width: int) -> tuple[tuple[tuple[int,
 
     def is_range(x: Any) -> bool:
         return (
-            isinstance(x, Sequence)
+            isinstance(x, tuple | list)
             and len(x) == 2
             and all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in x)
         )
+
+    def plain(x: Any) -> Any:
+        return (x.start, x.stop) if isinstance(x, range) and x.step == 1 else x
 
     example = f"parts={{{literal(path)!r}: [(0, {max(1, width // 3)}), ...]}}"
     ranges = np.asarray(ranges).tolist() if hasattr(ranges, "shape") else ranges
     taken: list[tuple[int, int]] = []
     found = []
-    for part in ranges if isinstance(ranges, Sequence) and not isinstance(ranges, str) else [ranges]:
+    for part in ranges if isinstance(ranges, tuple | list) else [ranges]:
+        part = plain(part)
         many = [part] if is_range(part) else part
-        if not isinstance(many, Sequence) or not many or not all(is_range(one) for one in many):
+        many = [plain(one) for one in many] if isinstance(many, tuple | list) else many
+        if not isinstance(many, tuple | list) or not many or not all(is_range(one) for one in many):
             raise ValueError(f"parts of {path!r}: {part!r} is no range. Write {example}.")
         spans = tuple((int(start), int(stop)) for start, stop in many)
         for start, stop in spans:
@@ -545,6 +549,11 @@ def _checked_parts(path: str, ranges: Any, width: int) -> tuple[tuple[tuple[int,
     return tuple(found)
 
 
+def _number(x: Any) -> Any:
+    """A number for an array of no dimensions; anything else as it is."""
+    return x.item() if getattr(x, "shape", None) == () else x
+
+
 def _checked_layer_rank(path: str, rank: Any) -> int:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 0:
         raise ValueError(
@@ -554,6 +563,7 @@ def _checked_layer_rank(path: str, rank: Any) -> int:
 
 
 def _checked_rank(path: str, rank: Any) -> int:
+    rank = _number(rank)
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise ValueError(
             f"the rank of {path!r} is {rank!r}; write an integer of at least 1. To leave the leaf as it is, "
@@ -563,12 +573,14 @@ def _checked_rank(path: str, rank: Any) -> int:
 
 
 def _checked_alpha(path: str, alpha: Any) -> float:
+    alpha = _number(alpha)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number) or not 0 < alpha < math.inf:
         raise ValueError(f"alpha of {path!r} is {alpha!r}; write a positive number; the default is the rank.")
     return float(alpha)
 
 
 def _checked_dropout(path: str, dropout: Any) -> float:
+    dropout = _number(dropout)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float | np.number) or not 0 <= dropout < 1:
         raise ValueError(f"dropout of {path!r} is {dropout!r}; write a rate in [0, 1).")
     return float(dropout)

@@ -70,6 +70,7 @@ class TrainState:
             raise TypeError(f"key is {_show(key)}; write a PRNG key, for instance jax.random.key(0).")
         if not isinstance(tx, optax.GradientTransformation):
             raise TypeError(f"tx is {_show(tx)}; write an optax transformation, such as optax.adamw(1e-4).")
+        params_lib.require_wrapped(nnx.opened(wrapped)[0], "TrainState.create")
         trainable, frozen = params_lib.partition(wrapped)
         trainable = jax.tree.map(_own, trainable)
         # A numpy array would travel to the device anew at every step.
@@ -147,7 +148,7 @@ def make_train_step(
         the latter as floats.
 
     Raises:
-        ValueError: `accumulate` is below 1.
+        ValueError: `accumulate` is no integer of at least 1.
         TypeError: when the step is called, `loss_fn` does not return a scalar float loss, alone or with
             a dict.
 
@@ -163,8 +164,8 @@ def make_train_step(
     >>> float(metrics["loss"]), int(metrics["step"])
     (64.0, 1)
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate is {accumulate}; write the number of microbatches, 1 or more.")
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate!r}; write the number of microbatches, 1 or more.")
     optimizer = optax.with_extra_args_support(tx)
 
     def objective(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
@@ -200,6 +201,11 @@ def make_train_step(
         return trainable, opt_state, step, mutated, metrics
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"the step was given a {type(state).__name__} as its state; write "
+                "state = lora_jax.TrainState.create(wrapped, tx, key), then step(state, batch)."
+            )
         state = _placed_with(state, batch)
         rest, arrays = _take_apart(state.frozen)
         trainable, opt_state, step, mutated, metrics = compiled(

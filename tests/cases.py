@@ -296,6 +296,31 @@ def product_along_out(p, x, s):
     return jnp.einsum("soi,si->so", jnp.einsum("io,so->soi", p["w"], s), x)
 
 
+@case({"w": ((2, 32, 20), ("batch", "in", "out"))}, (3, 64))
+def layers_joined_along_in(p, x):
+    return x @ p["w"].reshape(64, 20)
+
+
+@case({"w": ((32, 3, 20), ("in", "batch", "out"))}, (3, 32))
+def layers_joined_along_out(p, x):
+    return x @ p["w"].reshape(32, 60)
+
+
+@case({"w": ((2, 3, 32, 20), ("batch", "batch", "in", "out"))}, (3, 2, 96))
+def layers_joined_in_groups(p, x):
+    return jnp.einsum("bgi,gio->bgo", x, p["w"].reshape(2, 96, 20))
+
+
+@case({"w": ((32, 4, 8), ("in", "out", "out"))}, (3, 32))
+def heads_repeated(p, x):
+    return jnp.einsum("bi,ihd->bhd", x, jnp.repeat(p["w"], 2, axis=1))
+
+
+@case({"w": BROAD}, (3, 64))
+def rows_repeated(p, x):
+    return x @ jnp.repeat(p["w"], 2, axis=0)
+
+
 @case({"w": ((1, 32, 20), ("unit", "in", "out"))}, (2, 32), (3, 1))
 def unit_axis_mixed(p, x, gate):
     return jnp.einsum("bi,kio->kbo", x, jnp.einsum("eio,ke->kio", p["w"], gate))
@@ -682,6 +707,20 @@ def padded(p, x):
 @case({"w": MATRIX}, (2, 4))
 def precision_reduced(p, x):
     return x @ lax.reduce_precision(p["w"], 11, 52)
+
+
+@case({"w": ((2, 3, 3, 8, 16), ("batch", "in", "in", "in", "out"))}, (2, 1, 5, 5, 8))
+def conv_vmapped(p, x):
+    return jax.vmap(_conv2d)(x, p["w"])
+
+
+@case({"w": ((3, 3, 8, 2, 16), ("in", "in", "in", "batch", "out"))}, (1, 5, 5, 8))
+def conv_vmapped_over_the_kernels(p, x):
+    return jax.vmap(_conv2d, in_axes=(None, 3))(x, p["w"])
+
+
+def _conv2d(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 # Products in groups

@@ -23,10 +23,10 @@ def test_keywords_and_static_leaves_reach_fn_untraced():
 
     def fn(w, x, *, flag, name=None, table=None, count=2, activation=jnp.tanh):
         seen.update(flag=flag, name=name, table=table, count=count)
-        assert flag is True and isinstance(table, np.ndarray)
+        assert flag is True and table == (1, 2)
         return activation(x @ w) * count
 
-    lora_jax.lora(fn)(W, X, flag=True, name="a", table=np.arange(3))
+    lora_jax.lora(fn)(W, X, flag=True, name="a", table=(1, 2))
     assert seen["name"] == "a" and seen["count"] == 2
 
 
@@ -54,6 +54,14 @@ def test_numpy_base_weights():
     np.testing.assert_array_equal(
         lora_jax.lora(lambda w, x: x @ w)(w, X), lora_jax.lora(lambda w, x: x @ w)(W, X)
     )
+
+
+def test_numpy_leaves_beside_a_weight_are_arrays_like_others():
+    table = np.arange(12, dtype=np.float32).reshape(3, 4)
+    out = lora_jax.lora(lambda table, w, i, name: table[i] @ w if name == "sum" else None)(table, W, 2, "sum")
+    np.testing.assert_allclose(out, table[2] @ W.dense(), rtol=1e-5)
+    ids = jnp.array([1, 2])
+    np.testing.assert_array_equal(lora_jax.lora(lambda t, w, i: t[i])(table, W, ids), table[1:])
 
 
 def test_effects_happen_once_and_in_order():

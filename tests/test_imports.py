@@ -26,8 +26,8 @@ ALLOWED = {
     "rules": {"rules.algebra", "rules.control", "rules.custom", "rules.linear", "rules.shape"},
     "axes": {"tree", "weight", "nnx", "interpret", "rules", "rules.control", "rules.shape"},
     "train": {"tree", "weight", "nnx", "params", "interpret"},
-    "check": {"tree", "weight", "params", "interpret"},
-    "checkpoint": {"tree", "weight", "params"},
+    "check": {"tree", "weight", "nnx", "params", "interpret"},
+    "checkpoint": {"tree", "weight", "nnx", "params"},
 }
 
 

@@ -129,6 +129,22 @@ def test_bad_parts_are_refused(parts, message):
         lora_jax.wrap(params(), rank=2, parts=parts)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [[range(0, 4), range(8, 12)], np.array([[0, 4], [8, 12]]), ([0, 4], (8, 12)), [(0, 4), [(8, 12)]]],
+)
+def test_ranges_may_be_written_in_any_way(parts):
+    ours = lora_jax.wrap(params(), rank=2, targets="qkv", parts={"qkv": parts})["qkv"]["kernel"]
+    plain = lora_jax.wrap(params(), rank=2, targets="qkv", parts={"qkv": [(0, 4), (8, 12)]})["qkv"]["kernel"]
+    assert ours.blocks == plain.blocks
+
+
+def test_adapters_with_different_dropout_are_not_stacked():
+    first, second = (lora_jax.wrap(params(), rank=2, targets="qkv", dropout=rate) for rate in (0.0, 0.5))
+    with pytest.raises(ValueError, match=r"qkv/kernel: .* in adapter 0, .*dropout 0\.5 in adapter 1"):
+        lora_jax.stack([first, second])
+
+
 def test_parts_that_are_no_mapping_are_refused():
     with pytest.raises(TypeError, match="parts="):
         lora_jax.wrap(params(), rank=2, parts=[(0, 4)])

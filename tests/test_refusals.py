@@ -256,6 +256,42 @@ def test_what_a_rule_returns_is_checked(wrong, monkeypatch):
         lora_jax.lora(lambda w, x: x @ lax.cumprod(w, axis=0))(w, X)
 
 
+@pytest.mark.parametrize(
+    "change", [{"scale": jnp.ones(4)}, {"a": None}, {"b": jnp.ones((2, 4))}, {"axes": ("in",)}], ids=list
+)
+def test_the_factors_that_a_rule_returns_are_checked(change, monkeypatch):
+    from jax.extend.core import primitives
+
+    from lora_jax import interpret
+
+    def rule(context, w, **params):
+        return w.replace(**change)
+
+    monkeypatch.setitem(interpret._RULES, primitives.cumprod_p, rule)
+    w = weight("layer/kernel", (4, 4), ("in", "out"), jnp.float32)
+    with pytest.raises(TypeError, match=r"the rule for `cumprod` at .*LoraWeight\('layer/kernel'.*"):
+        lora_jax.lora(lambda w, x: x @ lax.cumprod(w, axis=0))(w, X)
+
+
+def test_a_rule_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match="a rule is a function"):
+        lora_jax.register("no_such_primitive")(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"key": 0}, "jax.random.key"), ({"densify": True}, "densify='head'")]
+)
+def test_options_of_the_wrong_kind_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        lora_jax.lora(lambda x: x, **options)
+
+
+def test_a_batch_axis_is_not_absorbed_where_the_factors_would_outgrow_the_weight():
+    w = weight("layer/kernel", (8, 4, 6), ("batch", "in", "out"), jnp.float32)
+    with pytest.raises(lora_jax.RefusedError, match=r"layer/kernel.*merges 'batch' and 'in' axes"):
+        lora_jax.lora(lambda w, x: x @ w.reshape(32, 6))(w, jnp.ones((2, 32), jnp.float32))
+
+
 def test_a_function_that_returns_a_constant_beside_the_product():
     @jax.custom_vjp
     def product(w, x):

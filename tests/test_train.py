@@ -177,6 +177,18 @@ def test_grad_norm_is_that_of_the_gradients():
     assert_close(metrics["grad_norm"], optax.tree.norm(moved))
 
 
+@pytest.mark.parametrize("accumulate", [0, 2.0, "2", True])
+def test_a_bad_number_of_microbatches_is_refused(accumulate):
+    with pytest.raises(ValueError, match="number of microbatches"):
+        make_train_step(lambda params, batch, key: 0.0, optax.sgd(0.1), accumulate=accumulate)
+
+
+def test_a_tree_in_the_place_of_a_state_is_refused():
+    step = make_train_step(lambda params, batch, key: 0.0, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"TrainState\.create"):
+        step({"w": 1}, {})
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_itself_needs_no_promotion(accumulate):
     tx = optax.sgd(1e-2)

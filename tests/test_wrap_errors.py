@@ -234,3 +234,16 @@ def test_merge_refuses_overflow_of_other_leaves_and_keeps_the_bases_own():
         merge(wrap(params, 2), dtype=jnp.float16)
     params = {"up": {"kernel": jnp.ones((4, 3)).at[1, 1].set(jnp.inf)}}
     assert jnp.isinf(merge(wrap(params, 2))["up"]["kernel"]).sum() == 1
+
+
+@pytest.mark.parametrize("number", [jnp.int32(2), np.int64(2), np.array(2)])
+def test_numbers_may_be_arrays_of_no_dimensions(number):
+    plain = wrap(PARAMS, 2, alpha=4, **FINE)["mlp"]["kernel"]
+    ours = wrap(PARAMS, number, alpha=number * 2, **FINE)["mlp"]["kernel"]
+    assert ours.rank == plain.rank and ours.scale == plain.scale
+
+
+@pytest.mark.parametrize("dtype", ["foo", jnp.int32, 3])
+def test_merging_into_what_is_no_floating_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match="floating dtype"):
+        merge(wrap(PARAMS, 2, **FINE), dtype=dtype)

@@ -15,8 +15,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.rules.linear import scaled
-from lora_jax.rules.shape import broadcasted, only, per_axis, relabelled
+from lora_jax.rules.shape import broadcasted, only, per_axis, relabelled, scaled
 from lora_jax.weight import AxisKind, LoraWeight, joint_path, sizes, wide_dtype
 
 
@@ -203,7 +202,8 @@ def _times(context: Context, weight: LoraWeight, factor: Any, var: Any, w: jax.A
     weight = _repeated(weight, w.shape)
     varies = {weight.axes[i] for i, n in enumerate(shape) if n != 1}
     if {"in", "out"} <= varies:
-        raise context.refuse([weight], f"the product with an array of shape {shape} is elementwise")
+        why = f"the product with an array of shape {shape} is elementwise; multiply by vectors in turn"
+        raise context.refuse([weight], why)
     # The array in the order of a factor's axes, of size one along those that it does not depend on.
     taken: list[AxisKind] = ["batch"] + [kind for kind in ("in", "out") if kind in varies]  # type: ignore
     held = [i for kind in taken for i in weight.axes_of(kind)]

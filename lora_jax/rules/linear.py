@@ -20,7 +20,15 @@ from jax.extend.core import primitives as p
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.rules.shape import broadcasted, per_axis, permuted, relabelled, squeezed
+from lora_jax.rules.shape import (
+    as_dtype,
+    broadcasted,
+    per_axis,
+    permuted,
+    relabelled,
+    scaled,
+    squeezed,
+)
 from lora_jax.weight import AxisKind, LoraWeight, joint_path, wide_dtype
 
 RANK = "rank"
@@ -39,17 +47,6 @@ def factor_labels(weight: LoraWeight, labels: Sequence[Label]) -> tuple[tuple[La
     """The labels of a's and of b's axes, from those of the weight's."""
     batch, inner, outer = (tuple(labels[i] for i in weight.axes_of(kind)) for kind in ("batch", "in", "out"))
     return (*batch, *inner, RANK), (*batch, RANK, *outer)
-
-
-def scaled(factor: jax.Array, scale: jax.Array) -> jax.Array:
-    """s·a or s·b; the scale has the factor's leading axes, those of the batch."""
-    by = lax.broadcast_in_dim(as_dtype(scale, factor.dtype), factor.shape, range(scale.ndim))
-    return lax.mul(factor, by)
-
-
-def as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
-    """The array in a dtype; the same one where it has it."""
-    return lax.convert_element_type(x, dtype) if x.dtype != dtype else x
 
 
 def contract(x: Labelled, y: Labelled, keep: set[Label], precision: Any, specs: Any = None) -> Labelled:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from jax import lax
 from jax.extend.core import primitives as p
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.interpret import Context, bind, register
-from lora_jax.weight import AxisKind, LoraWeight, sizes
+from lora_jax.weight import AxisKind, LoraWeight, sizes, wide_dtype
 
 
 def only(context: Context, operands: Sequence[Any]) -> LoraWeight:
@@ -23,6 +24,17 @@ def only(context: Context, operands: Sequence[Any]) -> LoraWeight:
 
 def _base(context: Context, weight: LoraWeight, *others: Any) -> jax.Array:
     return bind(context.eqn, [weight.w, *others])[0]
+
+
+def scaled(factor: jax.Array, scale: jax.Array) -> jax.Array:
+    """s·a or s·b; the scale has the factor's leading axes, those of the batch."""
+    by = lax.broadcast_in_dim(as_dtype(scale, factor.dtype), factor.shape, range(scale.ndim))
+    return lax.mul(factor, by)
+
+
+def as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """The array in a dtype; the same one where it has it."""
+    return lax.convert_element_type(x, dtype) if x.dtype != dtype else x
 
 
 def per_axis(
@@ -105,7 +117,22 @@ def cast(context: Context, *operands: Any, **params: Any) -> LoraWeight:
     return weight.replace(w=_base(context, weight))
 
 
-@register(p.copy_p, p.name_p, p.sharding_constraint_p, "reshard", "pvary", "layout_constraint")
+@register("reshard")
+def reshard(context: Context, *operands: Any, **params: Any) -> LoraWeight:
+    """The base moves; the factors follow onto a mesh whose axes are of other types, replicated."""
+    weight = only(context, operands)
+    w = _base(context, weight)
+    mesh = jax.typeof(w).sharding.mesh
+    if mesh == jax.typeof(weight.w).sharding.mesh:
+        return weight.replace(w=w)
+    a, b, scale = (
+        jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+        for x in (weight.a, weight.b, weight.scale)
+    )
+    return weight.replace(w=w, a=a, b=b, scale=scale)
+
+
+@register(p.copy_p, p.name_p, p.sharding_constraint_p, "pvary", "layout_constraint")
 def pass_on(context: Context, *operands: Any, **params: Any) -> LoraWeight:
     """What concerns the base array alone."""
     weight = only(context, operands)
@@ -317,30 +344,86 @@ def broadcasted(weight: LoraWeight, w: jax.Array, dimensions: Sequence[int]) -> 
 
 
 @register(p.reshape_p)
-def reshape(context: Context, *operands: Any, new_sizes: Sequence[int], **params: Any) -> LoraWeight:
-    """Adjacent axes of one kind merge, and any axis splits; an in axis never merges with an out axis."""
+def reshape(
+    context: Context, *operands: Any, new_sizes: Sequence[int], dimensions: Any, **params: Any
+) -> LoraWeight:
+    """Adjacent axes of one kind merge, and any axis splits; an in axis never merges with an out axis.
+
+    A batch axis that merges with one of those is absorbed by it, where that keeps the factors smaller
+    than the weight.
+    """
     weight = only(context, operands)
-    if params.get("dimensions") is not None:
-        raise context.refuse(operands, "a reshape that also transposes")
+    w = _base(context, weight)
     if 0 in new_sizes:
         raise context.refuse(operands, "reshaping an array without entries")
+    if dimensions is not None:
+        weight = permuted(weight, lax.transpose(weight.w, dimensions), dimensions)
+    shape: tuple[int, ...] = weight.w.shape
     axes: list[AxisKind] = []
-    for old, new in reshape_groups(weight.w.shape, new_sizes):
-        kinds: set[AxisKind] = {weight.axes[i] for i in old if weight.w.shape[i] != 1}
-        if len(kinds) > 1:
-            merged = " and ".join(f"{weight.axes[i]!r}" for i in old)
-            raise context.refuse(
-                operands, f"reshaping {weight.w.shape} to {tuple(new_sizes)} merges {merged} axes"
-            )
+    for old, new in reshape_groups(shape, new_sizes):
+        kinds: set[AxisKind] = {weight.axes[i] for i in old if shape[i] != 1}
+        if "batch" in kinds and len(kinds) == 2:
+            (into,) = kinds - {"batch"}
+            for i in old:
+                if weight.axes[i] == "batch" and shape[i] != 1:
+                    weight = absorbed(weight, i, into)
+            kinds = {into}
+        if len(kinds) > 1 or weight.a.size + weight.b.size > max(w.size, _held(operands[0])):
+            merged = " and ".join(f"{operands[0].axes[i]!r}" for i in old)
+            raise context.refuse(operands, f"reshaping {shape} to {tuple(new_sizes)} merges {merged} axes")
         for i in new:
             axes.append("unit" if new_sizes[i] == 1 else next(iter(kinds)))
     batch, inner, outer = sizes(tuple(new_sizes), tuple(axes))
     return weight.replace(
-        w=_base(context, weight),
+        w=w,
         a=lax.reshape(weight.a, (*batch, *inner, weight.rank)),
         b=lax.reshape(weight.b, (*batch, weight.rank, *outer)),
         scale=lax.reshape(weight.scale, batch),
         axes=tuple(axes),
+    )
+
+
+def _held(weight: LoraWeight) -> int:
+    return weight.a.size + weight.b.size
+
+
+def absorbed(weight: LoraWeight, axis: int, kind: AxisKind) -> LoraWeight:
+    """The same weight with a batch axis called in or out; the rank grows by its size.
+
+    The layers AₗBₗ side by side are [A₁ A₂ …] diag(B₁, B₂, …) along an out axis, and
+    diag(A₁, A₂, …) [B₁; B₂; …] along an in axis.
+    """
+    batch = weight.axes_of("batch")
+    layer, n = batch.index(axis), len(batch)
+    rest = [i for i in range(n) if i != layer]
+    ahead = sum(k == kind for k in weight.axes[:axis])  # of its new kind, before it
+    a = weight.a
+    b = scaled(as_dtype(weight.b, wide_dtype(weight.b.dtype, weight.scale.dtype)), weight.scale)
+    # Both with the layer beside the rank.
+    a = lax.transpose(a, [*rest, *range(n, a.ndim - 1), layer, a.ndim - 1])
+    b = lax.transpose(b, [*rest, layer, *range(n, b.ndim)])
+
+    def diagonal(factor: jax.Array, layer: int, place: int) -> jax.Array:
+        """The factor with one more axis for the layers, zero where the two axes differ."""
+        shape = (*factor.shape[:place], weight.w.shape[axis], *factor.shape[place:])
+        layer += place <= layer
+        rows, columns = (lax.broadcasted_iota("int32", shape, i) for i in (layer, place))
+        kept = [i for i in range(len(shape)) if i != place]
+        return lax.select(
+            lax.eq(rows, columns),
+            lax.broadcast_in_dim(factor, shape, kept),
+            lax.full(shape, 0, factor.dtype),
+        )
+
+    if kind == "in":
+        a = diagonal(a, a.ndim - 2, len(rest) + ahead)
+    else:
+        b = diagonal(b, len(rest), len(rest) + 2 + ahead)
+    return weight.replace(
+        a=lax.reshape(a, (*a.shape[:-2], a.shape[-2] * a.shape[-1])),
+        b=lax.reshape(b, (*b.shape[: n - 1], b.shape[n - 1] * b.shape[n], *b.shape[n + 1 :])),
+        scale=lax.full([weight.w.shape[batch[i]] for i in rest], 1, weight.scale.dtype),
+        axes=(*weight.axes[:axis], kind, *weight.axes[axis + 1 :]),
     )
 
 
