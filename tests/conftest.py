@@ -1,4 +1,8 @@
+import gc
 import os
+
+# A trace makes so many objects that most of the collector's passes would find nothing.
+gc.set_threshold(100_000, 20, 20)
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
