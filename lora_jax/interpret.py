@@ -410,16 +410,18 @@ def _check_outputs(context: Context, outs: Sequence[Any]) -> None:
     avals: list[Any] = [v.aval for v in context.eqn.outvars]
     expected = [(aval.shape, aval.dtype) for aval in avals]
     given = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in outs]
-    where = f" at {context.where}" if context.where else ""
+    wrong = ""
     for out in outs:
-        if isinstance(out, LoraWeight) and (wrong := _misshapen(out)):
-            raise TypeError(f"the rule for `{context.eqn.primitive.name}`{where} returned {out}: {wrong}.")
+        if isinstance(out, LoraWeight) and (why := _misshapen(out)):
+            wrong = f"{out}: {why}."
     if given != expected:
-        raise TypeError(
-            f"the rule for `{context.eqn.primitive.name}`{where} returned {_shown(given)}, and the "
-            f"equation's outputs are {_shown(expected)}. Return them, as arrays or as LoraWeights whose w "
-            "they are."
+        wrong = (
+            f"{_shown(given)}, and the equation's outputs are {_shown(expected)}. Return them, as arrays or "
+            "as LoraWeights whose w they are."
         )
+    if wrong:
+        where = f" at {context.where}" if context.where else ""
+        raise TypeError(f"the rule for `{context.eqn.primitive.name}`{where} returned {wrong}")
 
 
 def _misshapen(weight: LoraWeight) -> str:
