@@ -9,7 +9,7 @@ from cases import CASES, dense_tree, weight
 from jax import lax
 from jax.experimental import io_callback
 from test_equivalence import assert_same
-from test_gradients import NO_FORWARD, losses
+from test_gradients import NO_FORWARD, at_once, losses
 
 import lora_jax
 
@@ -35,15 +35,12 @@ def both(case):
 @pytest.mark.parametrize("case", ROWS, ids=repr)
 def test_value_and_grad_and_linearize(case):
     ours, merged, point = losses(case)
-    assert_same(jax.value_and_grad(ours, (0, 1))(*point), jax.value_and_grad(merged, (0, 1))(*point))
-    tangent = jax.tree.map(jnp.ones_like, point)
-    for found, expected in zip(
-        (jax.linearize(f, *point) for f in (ours,)),
-        (jax.linearize(f, *point) for f in (merged,)),
-        strict=True,
-    ):
-        assert_same(found[0], expected[0])
-        assert_same(found[1](*tangent), expected[1](*tangent))
+
+    def measure(f, point, tangent):
+        value, along = jax.linearize(f, *point)
+        return jax.value_and_grad(f, (0, 1))(*point), value, along(*tangent)
+
+    assert_same(*at_once(measure, ours, merged, point, jax.tree.map(jnp.ones_like, point)))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=repr)

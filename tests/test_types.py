@@ -24,6 +24,13 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 # XLA fuses a bare look-up into the norm's sums, in other fused multiply-adds than those of a look-up with
 # a branch (on jax 0.10 across a barrier too): one unit in the last place. Unfused, the bits are the same.
 FUSED = {"linen_tied_embedding"}
+
+
+def is_model(case):
+    """Whether it is a whole model, whose operations are rows of their own."""
+    return case.name.startswith(("linen", "nnx"))
+
+
 ROWS = [case for case in CASES if case.name != "cast"]  # which computes in float64 by its own doing
 
 
@@ -49,12 +56,13 @@ def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
         for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
-    compare(lambda f: f)
+    if not is_model(case):
+        compare(lambda f: f)
     with contextlib.nullcontext() if case.name in FUSED else optimized():
         compare(jax.jit)
 
 
-@pytest.mark.parametrize("case", ROWS, ids=repr)
+@pytest.mark.parametrize("case", [case for case in ROWS if not is_model(case)], ids=repr)
 def test_bfloat16_is_as_close_to_the_truth_as_merging(case):
     """The branch is kept in float32, so the error is that of the base's own rounding."""
     wrapped, inputs = case.wrapped(jnp.bfloat16, False), case.inputs(jnp.bfloat16)
