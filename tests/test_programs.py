@@ -18,6 +18,10 @@ from experiments.programs.draw import NESTINGS, STEPS, Input, Program, Weight, d
 from experiments.programs.law import MismatchError, check
 from experiments.programs.shrink import shrunk
 
+# On jax 0.10 StableHLO's interpreter takes the process with it on some programs, so there XLA runs them.
+REFERENCE = jax.__version_info__ >= (0, 11)
+WAY = "reference" if REFERENCE else "jit"
+
 # Derandomized, so that a change fails for what it does and not for what was drawn that day.
 SHORT = settings(
     derandomize=True,
@@ -44,14 +48,14 @@ def products(draw_from):
 @given(products())
 def test_any_dimension_numbers_and_axis_splits(program):
     note(str(program))
-    assert check(program).refused is None
+    assert check(program, WAY).refused is None
 
 
 @settings(SHORT, max_examples=25)
 @given(programs(), st.booleans())
 def test_programs(program, jitted):
     note(str(program))
-    check(program, "reference", jitted)
+    check(program, WAY, jitted)
 
 
 @settings(SHORT, max_examples=3)
@@ -117,10 +121,13 @@ def test_a_failing_program_is_made_smaller():
 
 
 def test_the_command(tmp_path, capsys):
-    run.main(["--programs", "3", "--seed", "5", "--compiled-every", "3", "--out", str(tmp_path / "out.json")])
+    every, ways = ("3", {"jit": 1, "reference": 2}) if REFERENCE else ("1", {"jit": 2, "eager": 1})
+    run.main(
+        ["--programs", "3", "--seed", "5", "--compiled-every", every, "--out", str(tmp_path / "out.json")]
+    )
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["programs"] == 3
     assert record["mismatches"] == 0
     assert record["satisfied_share"] + record["refused_share"] == pytest.approx(1, abs=1e-4)
-    assert record["run_by"] == {"jit": 1, "reference": 2}
+    assert record["run_by"] == ways
     assert "0 mismatches" in capsys.readouterr().out
