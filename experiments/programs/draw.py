@@ -291,8 +291,6 @@ def contraction(w: Writer, scope: Scope, value: Value | None = None) -> bool:
     summable = [i for i in axes if value.kinds[i] in ("in", "out")]
     first = w.pick(summable)
     summed = w.shuffled([i for i in axes if i == first or w.chance(40)])
-    if w.wild and w.chance(15):
-        summed = [i for i in axes if value.kinds[i] == "batch"]
     batch = w.shuffled([i for i in axes if i not in summed and w.chance(30)])
     free_size = math.prod(n for i, n in enumerate(value.shape) if i not in summed)
     free = [w.between(1, 3) for _ in range(w.below(3))]
