@@ -3,9 +3,9 @@
 from lora_jax import rules as rules
 from lora_jax.axes import infer_axes as infer_axes
 from lora_jax.check import check_merge as check_merge
-from lora_jax.checkpoint import load_adapter as load_adapter
-from lora_jax.checkpoint import read_adapter as read_adapter
-from lora_jax.checkpoint import save_adapter as save_adapter
+from lora_jax.files import load_adapter as load_adapter
+from lora_jax.files import read_adapter as read_adapter
+from lora_jax.files import save_adapter as save_adapter
 from lora_jax.interpret import RefusedError as RefusedError
 from lora_jax.interpret import lora as lora
 from lora_jax.interpret import register as register

@@ -14,7 +14,7 @@ ALLOWED = {
     "weight": set(),
     "layouts": {"tree", "weight"},
     "targets": {"tree", "weight", "layouts"},
-    "initializers": {"weight", "targets"},
+    "initializers": {"weight", "targets", "sharding"},
     "params": {"tree", "weight", "layouts", "targets", "initializers", "nnx"},
     "report": {"tree", "weight", "layouts", "params", "nnx"},
     "interpret": {"tree", "weight", "nnx"},
@@ -25,9 +25,12 @@ ALLOWED = {
     "rules.custom": {"weight", "interpret", "rules.control", "rules.linear"},
     "rules": {"rules.algebra", "rules.control", "rules.custom", "rules.linear", "rules.shape"},
     "axes": {"tree", "weight", "nnx", "interpret", "rules", "rules.control", "rules.shape"},
-    "train": {"tree", "weight", "nnx", "params", "interpret"},
+    "train": {"tree", "weight", "nnx", "params", "interpret", "sharding"},
     "check": {"tree", "weight", "nnx", "params", "interpret"},
-    "checkpoint": {"tree", "weight", "nnx", "params"},
+    "files": {"tree", "weight", "nnx", "params"},
+    "sharding": {"tree", "weight", "nnx"},
+    "checkpoint": {"tree", "weight", "nnx", "params", "train"},
+    "planning": {"tree", "weight", "nnx", "params", "sharding", "train"},
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.checkpoint import load_adapter, save_adapter
+from lora_jax.files import load_adapter, save_adapter
 from lora_jax.interpret import lora
 from lora_jax.params import combine, labels, merge, partition, wrap
 from lora_jax.train import TrainState, make_train_step, only_trainable

@@ -18,8 +18,8 @@ import safetensors.numpy
 from flax import nnx
 from flax.core import freeze
 
-from lora_jax import checkpoint
-from lora_jax.checkpoint import load_adapter, read_adapter, save_adapter
+from lora_jax import files
+from lora_jax.files import load_adapter, read_adapter, save_adapter
 from lora_jax.params import Adapter, adapter, combine, merge, partition, wrap
 from lora_jax.tree import leaves_with_path
 
@@ -165,7 +165,7 @@ def test_leaves_without_entries(name, tmp_path):
 def only_head(params):
     found = adapter(wrapped_of(params))
     head = {path: leaf for path, leaf in found.leaves.items() if path == "head/kernel"}
-    return checkpoint.params_lib.attach(
+    return files.params_lib.attach(
         params, Adapter(leaves=head, shapes=found.shapes, fingerprint=found.fingerprint)
     )
 
@@ -288,7 +288,7 @@ def test_a_failed_save_keeps_the_old_adapter(name, call, simple, tmp_path, monke
             raise OSError(28, "No space left on device")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     reached = call == "fsync" or (call == "replace") == name.endswith(".safetensors")
     if reached:
         with pytest.raises(OSError, match="No space"):
@@ -383,7 +383,7 @@ def rewrite_spec(target, change):
     else:
         spec = json.loads((target / "lora_jax.json").read_text())
     change(spec)
-    spec["crc32"] = checkpoint.zlib.crc32(checkpoint._canonical(spec["content"]))
+    spec["crc32"] = files.zlib.crc32(files._canonical(spec["content"]))
     if target.suffix == ".safetensors":
         safetensors.numpy.save_file(arrays, target, metadata={"lora_jax": json.dumps(spec)})
     else:
@@ -393,7 +393,7 @@ def rewrite_spec(target, change):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_newer_format_says_so(name, simple, tmp_path):
     save_adapter(tmp_path / name, simple[1])
-    rewrite_spec(tmp_path / name, lambda spec: spec.update(format=checkpoint.FORMAT + 1))
+    rewrite_spec(tmp_path / name, lambda spec: spec.update(format=files.FORMAT + 1))
     with pytest.raises(ValueError, match=r"has format 2 and .* up to 1; .*pip install --upgrade"):
         load_adapter(tmp_path / name, simple[0])
 
@@ -538,7 +538,7 @@ def test_a_dtype_that_safetensors_lacks(tmp_path):
     params = {"block": {"kernel": jnp.ones((6, 4))}, "head": jnp.ones(3, jnp.complex128)}
     wrapped = wrapped_of(params, train=None)
     found = adapter(wrapped)
-    full = checkpoint.FullWeight(params["head"], jnp.complex128, "head")
+    full = files.FullWeight(params["head"], jnp.complex128, "head")
     extended = Adapter(
         leaves=found.leaves | {"head": full},
         shapes=found.shapes | {"head": ((3,), "complex128")},
