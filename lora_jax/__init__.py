@@ -22,8 +22,11 @@ from lora_jax.params import unmerge as unmerge
 from lora_jax.params import wrap as wrap
 from lora_jax.report import summary as summary
 from lora_jax.train import TrainState as TrainState
+from lora_jax.train import make_eval_step as make_eval_step
 from lora_jax.train import make_train_step as make_train_step
 from lora_jax.train import only_trainable as only_trainable
+from lora_jax.train import sharded_init as sharded_init
+from lora_jax.train import shardings as shardings
 from lora_jax.weight import FullWeight as FullWeight
 from lora_jax.weight import LoraWeight as LoraWeight
 from lora_jax.weight import NotUnderLoraError as NotUnderLoraError

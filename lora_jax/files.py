@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import nnx
 from lora_jax import params as params_lib
@@ -46,7 +49,8 @@ def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool 
     names a directory: `arrays`, which is an orbax checkpoint of a flat dict, beside the spec in
     `lora_jax.json`. Relative paths and `~` are understood, and missing parent folders are made.
 
-    The call returns when the bytes are durable. The adapter is written under another name and
+    The call returns when the bytes are durable; of several processes all must call it, and the first
+    writes. The adapter is written under another name and
     renamed when it is whole, so no failure leaves half an adapter at `path`.
 
     Args:
@@ -69,10 +73,37 @@ def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool 
     >>> loaded["mlp"]["kernel"].a.shape
     (8, 2)
     """
-    target = _local(path)
+    target = local_path(path)
     if not isinstance(wrapped, Adapter):
         params_lib.require_wrapped(nnx.opened(wrapped)[0], "save_adapter")
     adapter = wrapped if isinstance(wrapped, Adapter) else params_lib.adapter(wrapped)
+    if jax.process_count() == 1:
+        _save(target, adapter, overwrite)
+        return
+    adapter = dataclasses.replace(adapter, leaves=jax.tree.map(_on_host, adapter.leaves))
+    error = None
+    if jax.process_index() == 0:
+        try:
+            _save(target, adapter, overwrite)
+        except Exception as caught:
+            error = caught
+    # The others must not wait for ever for one that failed.
+    failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(f"process 0 could not write the adapter to {str(target)!r}; its error says why.")
+
+
+def _on_host(x: Any) -> Any:
+    """An array of several processes as a whole on this one: an adapter is small."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return x
+    whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.device_put(x, whole).addressable_data(0))
+
+
+def _save(target: Path, adapter: Adapter, overwrite: bool) -> None:
     _check_vacant(target, overwrite)
     created = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +180,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     ...     list(read_adapter(f"{folder}/adapter").leaves)
     ['kernel']
     """
-    target = _local(path)
+    target = local_path(path)
     if not target.exists():
         raise FileNotFoundError(
             f"there is no adapter at {str(target)!r}; write the path that save_adapter was given."
@@ -162,7 +193,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         return _decode(spec, arrays, target)
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a place in a mounted file system."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"the path is {path!r}; write a string or a pathlib.Path.")
     text = os.fspath(path)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.sharding import factor_shardings
 from lora_jax.targets import Target
 from lora_jax.weight import sizes
 
@@ -118,18 +118,24 @@ def initialize(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32)
     ((6, 8, 2), (6, 2, 4))
     """
     key = leaf_key(key, target.path)
-    if isinstance(target.init, str):
-        if target.init not in INITIALIZERS:
-            raise ValueError(
-                f"init of {target.path!r} is {target.init!r}; write one of {sorted(INITIALIZERS)}, or a "
-                "function (key, w, target) -> (w, a, b)."
-            )
-        w, a, b = INITIALIZERS[target.init](key, w, target, dtype)
-    else:
+    if not isinstance(target.init, str):
         w, a, b = _custom(target.init, key, w, target, dtype)
-    if target.ranks:
-        a, b = _limited(a, b, target)
-    return w, place(a, w), place(b, w)
+        return w, *(_limited(a, b, target) if target.ranks else (a, b))
+    if target.init not in INITIALIZERS:
+        raise ValueError(
+            f"init of {target.path!r} is {target.init!r}; write one of {sorted(INITIALIZERS)}, or a "
+            "function (key, w, target) -> (w, a, b)."
+        )
+
+    def factors(key: jax.Array) -> tuple[Any, Any]:
+        _, a, b = INITIALIZERS[target.init](key, w, target, dtype)
+        return _limited(a, b, target) if target.ranks else (a, b)
+
+    where = factor_shardings(w, target.axes)
+    if where is not None and w.sharding.num_devices > 1:
+        # Every device makes its own part; no device ever holds a whole factor.
+        return w, *jax.jit(factors, out_shardings=where[:2])(key)
+    return w, *factors(key)
 
 
 def _limited(a: Any, b: Any, target: Target) -> tuple[Any, Any]:
@@ -161,17 +167,16 @@ def _custom(init: Any, key: jax.Array, w: Any, target: Target, dtype: Any) -> Fa
     return base, jnp.asarray(a, dtype), jnp.asarray(b, dtype)
 
 
-def place(x: Any, like: Any) -> Any:
-    """An array on the devices of another: replicated over its mesh, or on its single device.
+def placed(factors: tuple[Any, ...], w: Any, axes: Any) -> tuple[Any, ...]:
+    """a, b and perhaps the scale where their weight lies: on its device, or in their parts of its mesh.
 
-    >>> place(jnp.ones(2), jax.device_put(jnp.ones(3), jax.devices()[0])).devices() == {jax.devices()[0]}
+    >>> w = jax.device_put(jnp.ones((3, 3)), jax.devices()[0])
+    >>> placed((jnp.ones((3, 1)),), w, ("in", "out"))[0].devices() == {jax.devices()[0]}
     True
     """
-    if isinstance(x, Tracer) or isinstance(like, Tracer):
-        return x
-    if not isinstance(like, jax.Array) or not like.committed:
-        return x
-    sharding = like.sharding
-    if isinstance(sharding, NamedSharding):
-        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
-    return jax.device_put(x, sharding) if len(sharding.device_set) == 1 else x
+    if isinstance(w, Tracer) or not isinstance(w, jax.Array) or not w.committed:
+        return factors
+    where = factor_shardings(w, axes)
+    if where is None:
+        where = (w.sharding,) * 3 if len(w.sharding.device_set) == 1 else None
+    return factors if where is None else tuple(map(jax.device_put, factors, where))

@@ -144,7 +144,8 @@ def wrap(
         scale = jnp.asarray(target.scale, scale_dtype)
         if scale.ndim:
             scale = scale.reshape(sizes(tuple(w.shape), target.axes)[0])
-        scale = initializers.place(scale, w)
+        scale = jnp.broadcast_to(scale, sizes(tuple(w.shape), target.axes)[0])
+        a, b, scale = initializers.placed((a, b, scale), w, target.axes)
         return LoraWeight(w, a, b, scale, target.axes, path, target.dropout, target.blocks)
 
     return close(map_with_path(leaf, tree))
@@ -595,8 +596,11 @@ def attach(params: Any, adapter: Any, check: bool = True) -> Any:
     def leaf(path: str, value: Any) -> Any:
         new = leaves.get(path)
         if isinstance(new, LoraWeight):
-            return _checked(path, new.replace(w=value, path=path))
-        return value if new is None else new.replace(path=path, dtype=jnp.dtype(value.dtype))
+            a, b, scale = initializers.placed((new.a, new.b, new.scale), value, new.axes)
+            return _checked(path, new.replace(w=value, a=a, b=b, scale=scale, path=path))
+        if new is None:
+            return value
+        return new.replace(value=_placed_as(new.value, value), path=path, dtype=jnp.dtype(value.dtype))
 
     return close(map_with_path(leaf, tree))
 
@@ -772,13 +776,23 @@ def fingerprint(tree: Any) -> dict[str, int]:
     for path, leaf in _items(tree):
         value = leaf.w if isinstance(leaf, LoraWeight) else leaf
         if not isinstance(leaf, FullWeight) and is_floating(value) and len(value.shape) >= 2:
-            found[path] = _hash(value)
+            found[path] = hash_bits(value)
     numbers = jax.device_get(list(found.values()))
     return {path: int(number) for path, number in zip(found, numbers, strict=True)}
 
 
 @jax.jit
-def _hash(x: jax.Array) -> jax.Array:
+def hash_bits(x: jax.Array) -> jax.Array:
+    """The number of `fingerprint` for one array of any shape and numeric dtype: uint32, shape ().
+
+    >>> x = jnp.arange(6)
+    >>> bool(hash_bits(x) == hash_bits(x[::-1]))
+    False
+    """
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype.itemsize == 1 and not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.uint8)  # booleans, and integers of less than a byte
     width = x.dtype.itemsize * 8
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
     mixed = jnp.zeros_like(bits, dtype=jnp.uint32)

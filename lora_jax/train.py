@@ -1,7 +1,8 @@
-"""Training: a state, a step, and optax transformations that know the trainable part."""
+"""Training: a state, a step on one device or a mesh, and optax transformations that know what is trained."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lora_jax import nnx
+from lora_jax import nnx, sharding
 from lora_jax import params as params_lib
 from lora_jax.interpret import lora
-from lora_jax.tree import Pattern, leaves_with_path
+from lora_jax.tree import Pattern, leaves_with_path, map_with_path
 from lora_jax.weight import is_wrapped_leaf
 
 
@@ -47,7 +49,8 @@ class TrainState:
         """The state before the first step.
 
         What is trained is copied, since a step gives its memory to the next state: `wrapped` stays
-        good. The base's arrays are shared with `wrapped`, never copied.
+        good. The base's arrays are shared with `wrapped`, never copied. Where the base lies on a mesh
+        the optimizer's state is made there, every device its own part.
 
         Args:
             wrapped: What `wrap` gave: a tree of any kind, or an `nnx.Module`.
@@ -75,8 +78,12 @@ class TrainState:
         trainable = jax.tree.map(_own, trainable)
         # A numpy array would travel to the device anew at every step.
         frozen = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, frozen)
-        opt_state = jax.tree.map(_own, tx.init(trainable))
-        state = cls(trainable, frozen, opt_state, jnp.zeros((), jnp.int32), key)
+        step = jnp.zeros((), jnp.int32)
+        init, mesh = tx.init, sharding.mesh_of((trainable, frozen))
+        if mesh is not None:
+            abstract = cls(trainable, frozen, jax.eval_shape(init, trainable), step, key)
+            init = jax.jit(init, out_shardings=shardings(abstract, mesh).opt_state)
+        state = cls(trainable, frozen, jax.tree.map(_own, init(trainable)), step, key)
         return _placed_with(state, (trainable, frozen))
 
     @property
@@ -107,11 +114,95 @@ def _strong(leaf: Any) -> Any:
 Metrics = dict[str, Any]
 
 
+def shardings(tree: Any, mesh: Mesh, rules: sharding.Rules = None) -> Any:
+    r"""Where every array of a tree belongs on a mesh: a tree of `NamedSharding`.
+
+    For every leaf of the base, in this order: the first of `rules` whose pattern matches its path; the
+    sharding it already has on this mesh; the names of its axes, which Linen's boxes
+    (`nn.with_partitioning`, `nn.with_logical_partitioning`) and NNX's Variables (`out_sharding`) carry;
+    else the largest axis that divides, over every mesh axis but `data`, and replicated where it has
+    fewer than two axes. Of a LoraWeight a takes the parts of w's batch and in axes, b those of its batch
+    and out axes; the rank axis is not sharded. What belongs to them in an optimizer's state lies as they
+    do; everything else is replicated.
+
+    Args:
+        tree: Parameters, a wrapped tree or a `TrainState`, of arrays or of `jax.ShapeDtypeStruct`.
+        mesh: A `jax.sharding.Mesh`, with Auto or Explicit axes.
+        rules: {pattern: PartitionSpec} or a list of such pairs; a tree of PartitionSpecs like the
+            parameters; or, for models that name their axes, a list of (name, mesh axis) as in
+            `nn.logical_axis_rules`.
+
+    Returns:
+        A tree of the same structure, for `jax.device_put` and `jax.jit(..., out_shardings=...)`. For an
+        `nnx.Module` it is that of its state.
+
+    Raises:
+        ValueError: a rule matches nothing; a spec does not fit the shape or names no axis of the mesh.
+        TypeError: what is given as a rule is none.
+
+    >>> from jax.sharding import PartitionSpec
+    >>> import lora_jax
+    >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+    >>> wrapped = lora_jax.wrap({"up": {"kernel": jnp.ones((8, 4))}}, rank=2)
+    >>> where = shardings(wrapped, mesh, {"up/kernel": PartitionSpec("fsdp", "tensor")})
+    >>> tuple(where["up"]["kernel"].a.spec), tuple(where["up"]["kernel"].b.spec)
+    (('fsdp',), (None, 'tensor'))
+    """
+    if not isinstance(tree, TrainState):
+        return sharding.tree_shardings(tree, mesh, rules)
+    frozen = tree.frozen[1] if nnx.is_split(tree.frozen) else tree.frozen
+    specs = sharding.base_specs(params_lib.combine(tree.trainable, frozen), mesh, rules)
+    where = sharding.assigned(frozen, specs, mesh)
+    replicated = NamedSharding(mesh, P())
+    return TrainState(
+        trainable=sharding.assigned(tree.trainable, specs, mesh),
+        frozen=(tree.frozen[0], where) if nnx.is_split(tree.frozen) else where,
+        opt_state=sharding.assigned(tree.opt_state, specs, mesh, others=False),
+        step=replicated,
+        key=replicated,
+    )
+
+
+def sharded_init(fn: Callable[..., Any], mesh: Mesh, rules: sharding.Rules = None) -> Callable[..., Any]:
+    """A function whose results are made where they belong on a mesh: every device makes its own part.
+
+    Nothing is ever whole on one device, and nothing passes through the host.
+
+    Args:
+        fn: A function of arrays that returns parameters, a wrapped tree or a `TrainState`.
+        mesh: As for `shardings`.
+        rules: As for `shardings`.
+
+    Returns:
+        A function with fn's arguments.
+
+    >>> import lora_jax
+    >>> tx = optax.adam(1e-3)
+    >>> def init(key):
+    ...     params = {"up": {"kernel": jax.random.normal(key, (8, 4))}}
+    ...     return TrainState.create(lora_jax.wrap(params, rank=2), tx, key)
+    >>> mesh = jax.make_mesh((1,), ("fsdp",))
+    >>> state = sharded_init(init, mesh)(jax.random.key(0))
+    >>> state.wrapped["up"]["kernel"].a.sharding.mesh == mesh
+    True
+    """
+
+    def init(*args: Any) -> Any:
+        where = shardings(jax.eval_shape(fn, *args), mesh, rules)
+        return jax.jit(fn, out_shardings=where)(*args)
+
+    return init
+
+
 def make_train_step(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = None,
+    batch_spec: P | None = None,
     accumulate: int = 1,
+    weight: str | None = None,
     densify: Pattern | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     r"""A compiled train step: gradients, optimizer update and metrics of the trainable part.
@@ -131,24 +222,39 @@ def make_train_step(
     `loss_fn` mutates (statistics, counts) is carried into the new state, from microbatch to
     microbatch; everything else stays.
 
+    On a mesh the same function of the whole batch is computed, and every array stays where it is:
+    gradients, parameters and the optimizer's state are constrained to the shardings of the state that
+    came in. A state made elsewhere is first put on `mesh`, as `shardings(state, mesh, rules)` says; and
+    the batch's arrays, which in a run of several processes are each process's own part, are put there by
+    `batch_spec`. Without `mesh` everything follows the arrays of the state and the batch.
+
     Args:
         loss_fn: `loss_fn(params, batch, key)`, plain code that knows nothing of LoRA and applies no
             `lora`. It returns a scalar loss, or a loss and a dict of auxiliary arrays.
         tx: An optax transformation. The loss reaches it as the extra argument `value`.
+        mesh: The mesh to run on; the step runs under `jax.set_mesh(mesh)`.
+        rules: How the base lies on the mesh, as for `shardings`.
+        batch_spec: How the batch's leading axes are sharded; by default the first over those of the mesh
+            axes `data` and `fsdp` that there are, or over the whole mesh where no rules are given.
         accumulate: Into how many microbatches the batch's leading axis is divided; microbatch i
             holds the examples i, i + accumulate, and so on, which leaves a batch that is sharded over
             devices where it is. The gradients' mean is that of the whole batch where the loss is a
-            mean over examples.
+            mean over examples, or over what `weight` counts.
+        weight: The name of the auxiliary value that counts what the loss is a mean over, such as the
+            tokens that are no padding: microbatches are weighted by it, and its sum is among the metrics.
         densify: As for `lora_jax.lora`.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. The metrics are arrays on the device: `loss`,
         `grad_norm` (the global 2-norm, before `tx`), `step` (the steps taken, this one included),
         and the auxiliary values; the loss and the auxiliary values are means over the microbatches,
-        the latter as floats.
+        the latter as floats. Their copies to the host are under way when the step returns, so reading
+        those of one step after the next was started does not wait. `step.lower(state, batch)`, also of
+        abstract arrays, is that of `jax.jit`.
 
     Raises:
-        ValueError: `accumulate` is no integer of at least 1.
+        ValueError: `accumulate` is no integer of at least 1; `batch_spec` is needed; when the step is
+            called, the batch does not divide.
         TypeError: when the step is called, `loss_fn` does not return a scalar float loss, alone or with
             a dict.
 
@@ -167,21 +273,29 @@ def make_train_step(
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate is {accumulate!r}; write the number of microbatches, 1 or more.")
     optimizer = optax.with_extra_args_support(tx)
+    place = _placer(mesh, rules, batch_spec)
 
     def objective(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         loss_key, branch_key = jax.random.split(key)
         params = params_lib.combine(trainable, frozen)
         out = lora(loss_fn, key=branch_key, densify=densify)(params, batch, loss_key)
-        loss, aux = _check_loss(out, loss_fn)
+        loss, aux = _check_loss(out, loss_fn, weight)
         return loss, (aux, _mutated(params, frozen))
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
 
     # The frozen half comes as its leaves: arrays, and apart from them what is no array (numbers and
     # functions in an Equinox module), which must reach the model as it is.
-    @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1, 2))
+    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
     def compiled(
-        rest: _Static, trainable: Any, opt_state: Any, arrays: Any, step: Any, key: Any, batch: Any
+        rest: _Static,
+        layout: Any,
+        trainable: Any,
+        opt_state: Any,
+        arrays: Any,
+        step: Any,
+        key: Any,
+        batch: Any,
     ) -> tuple[Any, ...]:
         frozen = rest.join(arrays)
         key = jax.random.fold_in(key, step)
@@ -190,31 +304,130 @@ def make_train_step(
             (loss, (aux, mutated)), grads = differentiate(trainable, frozen, batch, first)
         else:
             loss, aux, mutated, grads = _accumulated(
-                differentiate, objective, accumulate, trainable, frozen, batch, key
+                differentiate, objective, accumulate, weight, trainable, frozen, batch, key
             )
+        grads = sharding.laid_out(grads, layout[0])
         updates, opt_state = optimizer.update(grads, opt_state, trainable, value=loss)
-        trainable = optax.apply_updates(trainable, updates)
+        trainable = sharding.laid_out(optax.apply_updates(trainable, updates), layout[0])
         # As strongly typed as the state that came in, or the second call would compile anew.
-        opt_state = jax.tree.map(_strong, opt_state)
+        opt_state = sharding.laid_out(jax.tree.map(_strong, opt_state), layout[1])
         step = step + jnp.ones((), jnp.int32)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "step": step, **aux}
         return trainable, opt_state, step, mutated, metrics
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def arguments(state: TrainState, batch: Any) -> tuple[TrainState, tuple[Any, ...]]:
         if not isinstance(state, TrainState):
             raise TypeError(
                 f"the step was given a {type(state).__name__} as its state; write "
                 "state = lora_jax.TrainState.create(wrapped, tx, key), then step(state, batch)."
             )
-        state = _placed_with(state, batch)
+        state, batch = place(state, batch)
         rest, arrays = _take_apart(state.frozen)
-        trainable, opt_state, step, mutated, metrics = compiled(
-            rest, state.trainable, state.opt_state, arrays, state.step, state.key, batch
+        layout = (sharding.layout_of(state.trainable), sharding.layout_of(state.opt_state))
+        return state, (
+            *(rest, layout, state.trainable, state.opt_state),
+            *(arrays, state.step, state.key, batch),
         )
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        with _on(mesh):
+            state, args = arguments(state, batch)
+            trainable, opt_state, step, mutated, metrics = compiled(*args)
+        _send(metrics)
         frozen = _replaced(state.frozen, mutated) if mutated else state.frozen
         return TrainState(trainable, frozen, opt_state, step, state.key), metrics
 
+    def lower(state: TrainState, batch: Any) -> Any:
+        """The step as `jax.jit(...).lower` gives it; state and batch may be abstract."""
+        with _on(mesh):
+            return compiled.lower(*arguments(state, batch)[1])
+
+    train_step.lower = lower  # type: ignore[attr-defined]
     return train_step
+
+
+def make_eval_step(
+    loss_fn: Callable[..., Any],
+    *,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = None,
+    batch_spec: P | None = None,
+    densify: Pattern | None = None,
+) -> Callable[[TrainState, Any], Metrics]:
+    """A compiled evaluation: the loss and the auxiliary values of a batch, without dropout.
+
+    `loss_fn` is called with None in the place of the key, and no branch drops anything. What an
+    `nnx.Module` mutates is discarded. A mean over several batches of unequal size is the user's to
+    take, with what `loss_fn` returns beside the loss.
+
+    Args:
+        loss_fn: As for `make_train_step`; it must do without a key.
+        mesh: As for `make_train_step`, and so for the other two.
+        rules: How the base lies on the mesh.
+        batch_spec: How the batch's leading axes are sharded.
+        densify: As for `lora_jax.lora`.
+
+    Returns:
+        `evaluate(state, batch) -> metrics`: arrays on the device, `loss` and the auxiliary values. The
+        state is not donated.
+
+    >>> import lora_jax
+    >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
+    >>> def loss_fn(params, batch, key):
+    ...     return jnp.mean((batch["x"] @ params["kernel"]) ** 2), {"examples": len(batch["x"])}
+    >>> state = TrainState.create(wrapped, optax.sgd(1e-2), jax.random.key(0))
+    >>> metrics = make_eval_step(loss_fn)(state, {"x": jnp.ones((16, 8))})
+    >>> float(metrics["loss"]), float(metrics["examples"])
+    (64.0, 16.0)
+    """
+    place = _placer(mesh, rules, batch_spec)
+
+    @functools.partial(jax.jit, static_argnums=(0,))
+    def compiled(rest: _Static, trainable: Any, arrays: Any, batch: Any) -> Metrics:
+        params = params_lib.combine(trainable, rest.join(arrays))
+        loss, aux = _check_loss(lora(loss_fn, densify=densify)(params, batch, None), loss_fn)
+        return {"loss": loss, **aux}
+
+    def evaluate(state: TrainState, batch: Any) -> Metrics:
+        with _on(mesh):
+            state, batch = place(state, batch)
+            rest, arrays = _take_apart(state.frozen)
+            metrics = compiled(rest, state.trainable, arrays, batch)
+        _send(metrics)
+        return metrics
+
+    return evaluate
+
+
+def _on(mesh: Mesh | None) -> Any:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _send(metrics: Metrics) -> None:
+    """Start the copies of the numbers to the host, so that whoever reads them later does not wait."""
+    for x in jax.tree.leaves(metrics):
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.size == 1:
+            x.copy_to_host_async()
+
+
+def _placer(mesh: Mesh | None, rules: sharding.Rules, batch_spec: P | None) -> Callable[..., Any]:
+    """A function of a state and a batch that puts both where they belong."""
+    if mesh is None:
+        for name, value in (("rules", rules), ("batch_spec", batch_spec)):
+            if value is not None:
+                raise ValueError(f"{name} says how arrays lie on a mesh; give mesh= as well.")
+        return lambda state, batch: (_placed_with(state, batch), batch)
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh is {mesh!r}; write jax.make_mesh((4, 2), ('fsdp', 'tensor')), for instance.")
+    spec = sharding.default_batch_spec(mesh, rules) if batch_spec is None else batch_spec
+
+    def place(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        at = None if isinstance(state.step, Tracer) else getattr(state.step, "sharding", None)
+        if not isinstance(state.step, Tracer) and not (isinstance(at, NamedSharding) and at.mesh == mesh):
+            state = jax.tree.map(sharding.put, state, shardings(state, mesh, rules))
+        return state, map_with_path(lambda path, x: sharding.put_part(path, x, mesh, spec), batch)
+
+    return place
 
 
 class _Static(NamedTuple):
@@ -273,7 +486,14 @@ def _replaced(frozen: Any, mutated: dict[str, Any]) -> Any:
 
 
 def _accumulated(
-    differentiate: Any, objective: Any, count: int, trainable: Any, frozen: Any, batch: Any, key: jax.Array
+    differentiate: Any,
+    objective: Any,
+    count: int,
+    weight: str | None,
+    trainable: Any,
+    frozen: Any,
+    batch: Any,
+    key: jax.Array,
 ) -> tuple[Any, Any, Any, Any]:
     size = _batch_size(batch, count)
     # Splitting the axis with the microbatches innermost keeps each device's examples on it.
@@ -287,6 +507,10 @@ def _accumulated(
         (loss, (aux, new)), grads = differentiate(
             trainable, _replaced(frozen, mutated), microbatch(i), jax.random.fold_in(key, i)
         )
+        if weight is not None:
+            # A microbatch of nothing but padding has no mean: 0 / 0 must not reach the sum.
+            n = aux[weight]
+            loss, grads = jax.tree.map(lambda x: jnp.where(n > 0, n.astype(x.dtype) * x, 0), (loss, grads))
         return (jax.tree.map(jnp.add, sums, grads), new), (loss, aux)
 
     mutated: dict[str, Any] = {}
@@ -298,9 +522,12 @@ def _accumulated(
     zeros = jax.tree.map(jnp.zeros_like, trainable)
     indices = jnp.arange(count, dtype=jnp.int32)
     (sums, mutated), (losses, aux) = lax.scan(body, (zeros, mutated), indices)
-    grads = jax.tree.map(lambda x: x / count, sums)
-    loss, aux = jax.tree.map(lambda x: jnp.mean(x, axis=0), (losses, aux))
-    return loss, aux, mutated, grads
+    total = jnp.asarray(count, jnp.float32) if weight is None else jnp.sum(aux[weight])
+    grads = jax.tree.map(lambda x: x / total.astype(x.dtype), sums)
+    means = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
+    if weight is not None:
+        means[weight] = total
+    return jnp.sum(losses) / total.astype(losses.dtype), means, mutated, grads
 
 
 def _batch_size(batch: Any, count: int) -> int:
@@ -321,7 +548,7 @@ def _batch_size(batch: Any, count: int) -> int:
     return size
 
 
-def _check_loss(out: Any, loss_fn: Any) -> tuple[Any, dict[str, Any]]:
+def _check_loss(out: Any, loss_fn: Any, weight: str | None = None) -> tuple[Any, dict[str, Any]]:
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     wanted = "return a scalar float loss, or (loss, dict of arrays)"
     loss, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
@@ -343,6 +570,11 @@ def _check_loss(out: Any, loss_fn: Any) -> tuple[Any, dict[str, Any]]:
                 where = f"{key}/{path}" if path else key
                 raise TypeError(f"{name} returned the auxiliary value {where!r}, {_show(leaf)}; {wanted}.")
         values[key] = jax.tree.map(_as_float, value)
+    if weight is not None and (weight not in values or jnp.shape(values[weight]) != ()):
+        raise TypeError(
+            f"{name} returned the auxiliary values {sorted(values)}, and weight={weight!r} names none "
+            "of them that is a single number; return what the loss is a mean over under that name."
+        )
     return jnp.asarray(loss), values
 
 
@@ -367,7 +599,7 @@ def _placed_with(state: TrainState, others: Any) -> TrainState:
         return state
     where = max(placed, key=lambda sharding: len(sharding.device_set))
     if isinstance(where, NamedSharding):
-        where = NamedSharding(where.mesh, PartitionSpec())
+        where = NamedSharding(where.mesh, P())
 
     def place(x: Any) -> Any:
         return jax.device_put(x, where) if _is_placed(x) is False else x

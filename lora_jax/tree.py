@@ -37,7 +37,7 @@ def _segment(key: KeyEntry) -> str:
     return str(key)
 
 
-def _is_box(node: Any) -> bool:
+def is_box(node: Any) -> bool:
     """A container of one value that is no level of its own: an nnx Variable, a Linen metadata box."""
     nnx = sys.modules.get("flax.nnx")
     return isinstance(node, meta.AxisMetadata) or (nnx is not None and isinstance(node, nnx.Variable))
@@ -56,10 +56,10 @@ def leaves_with_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) ->
 
 def _walk(tree: Any, is_leaf: Callable[[Any], bool] | None) -> Iterator[tuple[str, Any]]:
     def stop(node: Any) -> bool:
-        return _is_box(node) or (is_leaf is not None and is_leaf(node))
+        return is_box(node) or (is_leaf is not None and is_leaf(node))
 
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
-        if _is_box(node) and not (is_leaf is not None and is_leaf(node)):
+        if is_box(node) and not (is_leaf is not None and is_leaf(node)):
             for inner_keys, leaf in jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf):
                 yield path_str((*keys, *inner_keys[1:])), leaf
         else:

@@ -231,7 +231,9 @@ def through(
     where an inner axis may be sharded merging it into another would gather it.
     """
     specs = _specs(x, out, out_labels)
-    flatten = specs is None and jax.default_backend() == "cpu"
+    device = jax.sharding.get_abstract_mesh().abstract_device  # a mesh of another platform is compiled for
+    platform = jax.default_backend() if device is None else device.platform
+    flatten = specs is None and platform == "cpu"
     plan = _Plan(x.labels, *factor_labels(weight, labels), tuple(out_labels), precision, specs, flatten)
     return _branch(plan, x.array, weight.a, weight.b, weight.scale)
 
