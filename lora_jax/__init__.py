@@ -1,5 +1,6 @@
 """LoRA for any JAX model, as a pure transform of its parameter tree."""
 
+from lora_jax import checkpoint as checkpoint
 from lora_jax import rules as rules
 from lora_jax.axes import infer_axes as infer_axes
 from lora_jax.check import check_merge as check_merge
@@ -21,6 +22,7 @@ from lora_jax.params import swap as swap
 from lora_jax.params import unmerge as unmerge
 from lora_jax.params import wrap as wrap
 from lora_jax.report import summary as summary
+from lora_jax.sharding import process_shard as process_shard
 from lora_jax.train import TrainState as TrainState
 from lora_jax.train import make_eval_step as make_eval_step
 from lora_jax.train import make_train_step as make_train_step

@@ -356,13 +356,23 @@ def _write_directory(new: Path, adapter: Adapter, target: Path) -> None:
     # orbax holds no array without entries; the spec's shape is all there is to know of one.
     arrays = {name: x for name, x in arrays.items() if math.prod(x.shape)}
     if arrays:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(new / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
     files = {file.relative_to(new).as_posix(): file for file in _files(new)}
     checksums = {name: _checksum(file.read_bytes()) for name, file in files.items()}
     (new / _SPEC_FILE).write_text(_seal(content, checksums), encoding="utf-8")
     for entry in (*_files(new), *(folder for folder in new.rglob("*") if folder.is_dir()), new):
         _sync(entry)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """orbax for this process alone: it waits for no other."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"{_MARK}-{this}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -399,7 +409,7 @@ def _read_directory(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
         if not stored:
             return content, empty
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)  # the devices it was saved from may be gone
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             arrays = checkpointer.restore(
                 target / _ARRAYS, args=ocp.args.PyTreeRestore(restore_args=dict.fromkeys(stored, as_numpy))
             )

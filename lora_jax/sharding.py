@@ -85,8 +85,10 @@ def base_specs(tree: Any, mesh: Mesh, rules: Rules = None) -> dict[str, P]:
             spec = placed
         elif path in names:
             spec = _from_names(path, names[path], by_name, mesh)
+        elif by_path:
+            spec = P()
         else:
-            spec = _largest(_shape(node), mesh)
+            spec = _largest(path, _shape(node), mesh)
         specs[path] = _checked(path, spec, _shape(node), mesh)
     if unused:
         pattern = next(iter(unused))
@@ -230,15 +232,15 @@ def _several(part: Part) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
-def _largest(shape: tuple[int, ...], mesh: Mesh) -> P:
+def _largest(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The default: the largest axis that divides is sharded over every mesh axis but `data`.
 
-    Leaves of fewer than two axes are small, and are replicated.
+    Vectors are small, also where layers stack them, and are replicated.
     """
     names = tuple(name for name in mesh.axis_names if name != "data" and mesh.shape[name] > 1)
     size = int(np.prod([mesh.shape[name] for name in names]))
     fitting = [i for i, n in enumerate(shape) if n and n % size == 0]
-    if len(shape) < 2 or not names or not fitting:
+    if len(shape) < 2 or path.endswith(("scale", "bias")) or not names or not fitting:
         return P()
     axis = max(fitting, key=lambda i: shape[i])
     return P(*(None,) * axis, names[0] if len(names) == 1 else names)
@@ -287,6 +289,40 @@ def default_batch_spec(mesh: Mesh, rules: Rules) -> P:
         f"the mesh's axes {tuple(mesh.axis_names)} do not tell over which of them the batch is sharded; "
         f"write batch_spec=PartitionSpec({mesh.axis_names[0]!r}), for instance."
     )
+
+
+def process_shard(mesh: Mesh, batch_spec: P | None = None) -> tuple[int, int]:
+    """Which part of every batch this process reads, and how many parts there are.
+
+    Processes whose devices hold the same rows (they share a layer's width, say) have the same part and
+    must read the same rows. With one process it is (0, 1).
+
+    Args:
+        mesh: The mesh of the train step.
+        batch_spec: As for `make_train_step`.
+
+    Returns:
+        index, count: read rows `index::count` of every batch, or any other partition of it.
+
+    Raises:
+        ValueError: the rows of two processes overlap without being the same.
+
+    >>> process_shard(jax.make_mesh((1,), ("data",)))
+    (0, 1)
+    """
+    spec = default_batch_spec(mesh, None) if batch_spec is None else batch_spec
+    rows = NamedSharding(mesh, P(*spec[:1]))
+    shards = int(np.prod([mesh.shape[name] for name in _several(spec[0] if len(spec) else None)]))
+    held: dict[int, set[int]] = {}
+    for device, (part,) in rows.devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
+    parts = sorted({tuple(sorted(starts)) for starts in held.values()})
+    if sum(map(len, parts)) != shards:
+        raise ValueError(
+            f"on the mesh {dict(mesh.shape)} with the batch by {spec} the rows of some processes overlap in "
+            "part; order the mesh's devices so that each process holds whole parts of the batch."
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def put(x: Any, where: NamedSharding) -> Any:

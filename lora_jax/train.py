@@ -119,11 +119,11 @@ def shardings(tree: Any, mesh: Mesh, rules: sharding.Rules = None) -> Any:
 
     For every leaf of the base, in this order: the first of `rules` whose pattern matches its path; the
     sharding it already has on this mesh; the names of its axes, which Linen's boxes
-    (`nn.with_partitioning`, `nn.with_logical_partitioning`) and NNX's Variables (`out_sharding`) carry;
-    else the largest axis that divides, over every mesh axis but `data`, and replicated where it has
-    fewer than two axes. Of a LoraWeight a takes the parts of w's batch and in axes, b those of its batch
-    and out axes; the rank axis is not sharded. What belongs to them in an optimizer's state lies as they
-    do; everything else is replicated.
+    (`nn.with_partitioning`, `nn.with_logical_partitioning`) and NNX's Variables (`out_sharding`) carry.
+    What none of these tells is replicated if there are rules by path; without any its largest axis that
+    divides is sharded over every mesh axis but `data` (biases and scales stay whole). Of a LoraWeight a
+    takes the parts of w's batch and in axes, b those of its batch and out axes; the rank axis is not
+    sharded. What belongs to them in an optimizer's state lies as they do; everything else is replicated.
 
     Args:
         tree: Parameters, a wrapped tree or a `TrainState`, of arrays or of `jax.ShapeDtypeStruct`.
@@ -225,8 +225,9 @@ def make_train_step(
     On a mesh the same function of the whole batch is computed, and every array stays where it is:
     gradients, parameters and the optimizer's state are constrained to the shardings of the state that
     came in. A state made elsewhere is first put on `mesh`, as `shardings(state, mesh, rules)` says; and
-    the batch's arrays, which in a run of several processes are each process's own part, are put there by
-    `batch_spec`. Without `mesh` everything follows the arrays of the state and the batch.
+    the batch's arrays, which in a run of several processes are each process's own part (`process_shard`
+    says which), are put there by `batch_spec`. Without `mesh` everything follows the
+    arrays of the state and the batch.
 
     Args:
         loss_fn: `loss_fn(params, batch, key)`, plain code that knows nothing of LoRA and applies no

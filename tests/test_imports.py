@@ -14,6 +14,7 @@ ALLOWED = {
     "weight": set(),
     "layouts": {"tree", "weight"},
     "targets": {"tree", "weight", "layouts"},
+    "sharding": {"tree", "weight", "nnx"},
     "initializers": {"weight", "targets", "sharding"},
     "params": {"tree", "weight", "layouts", "targets", "initializers", "nnx"},
     "report": {"tree", "weight", "layouts", "params", "nnx"},
@@ -28,8 +29,7 @@ ALLOWED = {
     "train": {"tree", "weight", "nnx", "params", "interpret", "sharding"},
     "check": {"tree", "weight", "nnx", "params", "interpret"},
     "files": {"tree", "weight", "nnx", "params"},
-    "sharding": {"tree", "weight", "nnx"},
-    "checkpoint": {"tree", "weight", "nnx", "params", "train"},
+    "checkpoint": {"tree", "weight", "nnx", "params", "files", "train"},
     "planning": {"tree", "weight", "nnx", "params", "sharding", "train"},
 }
 

@@ -102,11 +102,13 @@ def test_a_whole_state_by_rules_and_by_default():
     for node in (up["kernel"], mu["layers"]["up"]["kernel"]):
         assert (node.a.spec, node.b.spec) == (P(None, "fsdp"), P(None, None, "tensor"))
     assert where.wrapped["embed"].spec == P("tensor")
-    # No rule: the largest axis that divides over fsdp and tensor, and none for 7 by 16 with two axes of 2.
-    assert where.wrapped["head"]["kernel"].value.spec == mu["head"]["kernel"].value.spec
-    assert where.wrapped["head"]["kernel"].value.spec == P(("fsdp", "tensor"))
-    assert up["bias"].spec == P(None, ("fsdp", "tensor"))
+    assert where.wrapped["head"]["kernel"].value.spec == mu["head"]["kernel"].value.spec == P()
     assert where.step.spec == where.key.spec == where.opt_state[1][0].count.spec == P()
+    # Without rules the largest axis that divides; a vector stays whole, also where layers stack it.
+    where = lora_jax.shardings(state, mesh).wrapped
+    assert where["embed"].spec == where["head"]["kernel"].value.spec == P(("fsdp", "tensor"))
+    assert where["layers"]["up"]["kernel"].w.spec == P(None, None, ("fsdp", "tensor"))
+    assert where["layers"]["up"]["bias"].spec == P()
     assert lora_jax.shardings(state, mesh_of(8, 1, 1)).wrapped["embed"].spec == P()
 
 
@@ -259,6 +261,36 @@ def test_a_state_is_made_in_place():
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_look_ups_on_explicit_axes():
+    mesh = mesh_of(2, 4, names=("data", "model"), kind=AxisType.Explicit)
+    weight = lora_jax.LoraWeight(
+        *(jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(16, 8), (16, 2), (2, 8)]))
+    )
+    tokens = jnp.arange(12).reshape(4, 3)
+
+    def rows(table, tokens):
+        spec = P("data", None, "model") if explicit else None
+        return table.at[tokens].get(out_sharding=spec)
+
+    def loss(a, b, weight, tokens):
+        out = lora_jax.lora(rows)(weight.replace(a=a, b=b), tokens)
+        return jnp.sum(jnp.sin(out)), out
+
+    explicit = False
+    expected = jax.grad(loss, (0, 1), has_aux=True)(weight.a, weight.b, weight, tokens)
+    explicit = True
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(weight, lora_jax.shardings({"w": weight}, mesh, {"w": P(None, "model")})["w"])
+        tokens = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+        found = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(weight.a, weight.b, weight, tokens)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_process_reads_what_its_devices_hold():
+    assert lora_jax.process_shard(mesh_of(2, 2, 2)) == (0, 1)
 
 
 # --- The step -------------------------------------------------------------------------------------
