@@ -366,7 +366,7 @@ def _write_directory(new: Path, adapter: Adapter, target: Path) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """orbax for this process alone: it waits for no other."""
+    """A writer and reader for this process alone, which waits for no other."""
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"{_MARK}-{this}"

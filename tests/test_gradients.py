@@ -67,7 +67,9 @@ def test_reverse_mode(case):
 # softmax in float32, whose derivative the bare function too has to 1e-8 only.
 NO_FORWARD = {"custom_derivatives_without_weights", "nnx_block", "nnx_tied_embedding"}
 NO_FORWARD |= {case.name for case in CASES if case.name.startswith("custom_vjp")}
-FORWARD = [case for case in CASES if case.name not in NO_FORWARD]
+# Whole models, whose operations are rows of their own, on the newest jax alone.
+models = ("linen", "nnx") if jax.__version_info__ < (0, 12) else ()
+FORWARD = [case for case in CASES if case.name not in NO_FORWARD and not case.name.startswith(models)]
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=repr)

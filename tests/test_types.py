@@ -21,6 +21,8 @@ def optimized():
 
 
 DTYPES = [jnp.float32, jnp.bfloat16]
+# How XLA rounds bfloat16 is looked at on the newest jax alone: it takes a fifth of the tests' time.
+newest = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="checked on the newest jax")
 # XLA fuses a bare look-up into the norm's sums, in other fused multiply-adds than those of a look-up with
 # a branch (on jax 0.10 across a barrier too): one unit in the last place. Unfused, the bits are the same.
 FUSED = {"linen_tied_embedding"}
@@ -46,7 +48,9 @@ def test_types_are_those_of_the_bare_function(case, dtype):
 
 
 @pytest.mark.parametrize("case", ROWS, ids=repr)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=newest)], ids=["f32", "bf16"]
+)
 def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
     wrapped, inputs = case.wrapped(dtype, True), case.inputs(dtype)
     base = dense_tree(wrapped)
@@ -62,6 +66,7 @@ def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
             compare(lambda f: f)
 
 
+@newest
 @pytest.mark.parametrize("case", [case for case in ROWS if not is_model(case)], ids=repr)
 def test_bfloat16_is_as_close_to_the_truth_as_merging(case):
     """The branch is kept in float32, so the error is that of the base's own rounding."""
@@ -72,10 +77,12 @@ def test_bfloat16_is_as_close_to_the_truth_as_merging(case):
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
         )
 
-    truth = case.fn(dense_tree(wide(wrapped)), *wide(inputs))
-    ours = lora_jax.lora(case.fn)(wrapped, *inputs)
-    merged = case.fn(dense_tree(wrapped), *inputs)
-    for t, o, m in zip(*(jax.tree.leaves(x) for x in (truth, ours, merged)), strict=True):
+    @jax.jit
+    def three(wrapped, inputs):
+        truth = case.fn(dense_tree(wide(wrapped)), *wide(inputs))
+        return truth, lora_jax.lora(case.fn)(wrapped, *inputs), case.fn(dense_tree(wrapped), *inputs)
+
+    for t, o, m in zip(*(jax.tree.leaves(x) for x in three(wrapped, inputs)), strict=True):
         t, o, m = (np.asarray(x, np.float64) for x in (t, o, m))
         size = np.sqrt(np.nanmean(t**2)) + 1e-30
         error, theirs = (np.sqrt(np.nanmean((x - t) ** 2)) / size for x in (o, m))
