@@ -250,7 +250,7 @@ def test_a_state_is_made_in_place():
     mesh, tx = mesh_of(1, 4, 2), optax.adam(1e-3)
 
     def init(key):
-        params = {"up": {"kernel": jax.random.normal(key, (16, 64))}, "out": jnp.ones((64, 16))}
+        params = {"up": {"kernel": jax.random.normal(key, (256, 512))}, "bias": jnp.ones(512)}
         return lora_jax.TrainState.create(lora_jax.wrap(params, rank=2, targets="up"), tx, key)
 
     rules = {"up": P("fsdp", "tensor")}
@@ -261,6 +261,9 @@ def test_a_state_is_made_in_place():
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_allclose(x, y, rtol=1e-6)
+    memory = jax.jit(init, out_shardings=where).lower(jax.random.key(0)).compile().memory_analysis()
+    # The kernel's eighth, what is drawn to make it, and the small rest: no device holds all of it.
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < alone.frozen["up"]["kernel"].w.nbytes / 2
 
 
 def test_look_ups_on_explicit_axes():
