@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+import lora_jax
 from experiments import data as files
 from experiments.e2e_nlg import data, run
 from experiments.models import llama
@@ -274,6 +275,46 @@ def test_a_whole_run(nowhere, corpus, tmp_path):
     assert record["settings"]["seed"] == 0
     assert (out / "tiny.png").read_bytes().startswith(b"\x89PNG")
     assert "merged decodes the same text  4 of 4" in run.summary(record)
+
+
+def test_training_that_was_stopped_goes_on(examples, tmp_path):
+    settings = run.Settings(steps=6, warmup=1, evals=3, batch=4)
+    model, params = llama.load(TINY)
+
+    def train(directory, stop=None):
+        evaluated = []
+
+        def evaluate(params):
+            if len(evaluated) == stop:
+                raise KeyboardInterrupt
+            evaluated.append(params)
+            return len(evaluated) / 4
+
+        wrapped = lora_jax.wrap(params, rank=2, targets="q_proj")
+        batches = data.train_batches(examples, settings.batch, settings.seed)
+        return run.train(settings, model, wrapped, batches, 6, evaluate, directory)
+
+    with jax.numpy_dtype_promotion("standard"):
+        whole, curves, seconds = train(tmp_path / "whole")
+        assert len(seconds) == 6
+        assert [step for step, _ in curves["train"]] == [1, 2, 3, 4, 5, 6]
+        assert curves["valid"] == [[2, 0.25], [4, 0.5], [6, 0.75]]
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", stop=1)
+        resumed, again, seconds = train(tmp_path / "stopped")
+        assert len(seconds) == 3  # from the save of step 3
+        assert again["train"] == curves["train"]
+        assert run.digests(resumed) == run.digests(whole)
+        finished, again, seconds = train(tmp_path / "whole")
+        assert (again, seconds) == (curves, [])
+        assert run.digests(finished) == run.digests(whole)
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path):
+    run.claim(tmp_path, run.Settings(rank=2))
+    run.claim(tmp_path, run.Settings(rank=2, name="other", decode=3))
+    with pytest.raises(files.DataError, match=r"was begun with rank 2, seed 0\. Give the same settings"):
+        run.claim(tmp_path, run.Settings(rank=3, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 The committed result is made by
 
     LORA_JAX_DATA=path/to/data python -m experiments.e2e_nlg.run --config experiments/e2e_nlg/config.json
+
+Killed, preempted or interrupted, it goes on where it was when it is started again by the same command.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from experiments.data import DataError, find_model
 from experiments.e2e_nlg import data
 from experiments.models import llama
 from experiments.report import provenance
+from lora_jax import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,7 +48,13 @@ LORA_JAX_DATA names, then in ~/.cache/lora_jax; else they are downloaded (12 MB)
 a folder with train.txt, valid.txt and test.txt of your own, with lines MR||text.
 
 order: a default, then what --config says, then the other flags.
+
+the run: training saves itself in --run-dir. The same command goes on from the last save there; when training
+is through, it evaluates and writes the results again. Other settings want another --run-dir or --name.
 """
+
+# What may differ when a run goes on: it does not reach the training or its curves.
+FREE = ("out", "name", "run_dir", "decode", "max_new")
 
 
 def setting(default: Any, kind: Any, text: str) -> Any:
@@ -83,6 +92,7 @@ class Settings:
     seed: int = setting(0, int, "of the adapter, the order of the data and dropout")
     name: str = setting("run", str, "of the files that are written")
     out: str = setting(str(RESULTS), str, "the folder they are written to")
+    run_dir: str | None = setting(None, str, "where training saves itself; by default OUT/NAME_run")
 
 
 def parse(argv: list[str]) -> Settings:
@@ -135,8 +145,32 @@ def evaluator(model: llama.Llama, examples: data.Examples, batch: int):
     return evaluate
 
 
-def train(settings: Settings, model: llama.Llama, wrapped: Any, batches: Any, steps: int, evaluate: Any):
-    """The trained tree, the two curves as [step, loss] pairs, and the seconds per step."""
+def claim(directory: Path, settings: Settings) -> None:
+    """Refuse a directory where training was begun with other settings; write them down in a new one."""
+    ours = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
+    file = directory / "settings.json"
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        changed = [f"{name} {theirs.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
+        if changed:
+            raise DataError(
+                f"training in {directory} was begun with {', '.join(changed)}. Give the same settings to go "
+                "on with it; else another --run-dir, or delete that folder."
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ours, indent=1) + "\n")
+
+
+def train(
+    settings: Settings,
+    model: llama.Llama,
+    wrapped: Any,
+    batches: Any,
+    steps: int,
+    evaluate: Any,
+    directory: Path,
+):
+    """The trained tree, the two curves as [step, loss] pairs, and the seconds of each step made here."""
 
     def loss_fn(params, batch, key):
         del key  # the model has no dropout of its own; the update's is the step's affair
@@ -148,21 +182,36 @@ def train(settings: Settings, model: llama.Llama, wrapped: Any, batches: Any, st
     step_fn = lora_jax.make_train_step(loss_fn, tx)
     state = lora_jax.TrainState.create(wrapped, tx, jax.random.key(settings.seed + 1))
     eval_at = set(np.linspace(0, steps, settings.evals + 1).round().astype(int).tolist()) - {0}
-    curves = {"train": [], "valid": []}
-    window, seconds = [], []
-    with tqdm(range(1, steps + 1), desc="training") as bar:
-        for step in bar:
+    seconds = []
+    with checkpoint.Run(directory, state, batches, every=max(1, steps // 20), steps=steps) as run:
+        with tqdm(run, desc="training", initial=run.step, total=steps) as bar:
             begin = time.perf_counter()
-            state, metrics = step_fn(state, next(batches))
-            window.append(metrics["loss"])
-            if step % max(1, steps // 100) == 0 or step == steps:
-                curves["train"].append([step, float(np.mean(jax.device_get(window)))])
-                window.clear()
-                bar.set_postfix(loss=f"{curves['train'][-1][1]:.3f}", refresh=False)
-            seconds.append(time.perf_counter() - begin)
-            if step in eval_at:
-                curves["valid"].append([step, evaluate(state.wrapped)])
-    return state.wrapped, curves, sum(seconds[1:]) / max(1, len(seconds) - 1)
+            for batch in bar:
+                run.state, metrics = step_fn(run.state, batch)
+                run.log({"train": metrics["loss"]})
+                if run.step % max(1, steps // 100) == 0:
+                    bar.set_postfix(loss=f"{float(metrics['loss']):.3f}", refresh=False)
+                seconds.append(time.perf_counter() - begin)
+                if run.step in eval_at:
+                    run.log({"valid": evaluate(run.state.wrapped)})
+                begin = time.perf_counter()
+    return run.state.wrapped, read_curves(directory, steps), seconds
+
+
+def read_curves(directory: Path, steps: int) -> dict[str, list]:
+    """The two curves of a run; that of training as means over windows of a hundredth of the steps."""
+    curves: dict[str, list] = {"train": [], "valid": []}
+    window: list[float] = []
+    for line in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()):
+        step = line["step"]
+        if "valid" in line:
+            curves["valid"].append([step, line["valid"]])
+            continue
+        window.append(line["train"])
+        if step % max(1, steps // 100) == 0 or step == steps:
+            curves["train"].append([step, float(np.mean(np.array(window, np.float32)))])
+            window.clear()
+    return curves
 
 
 def decoder(model: llama.Llama, tokenizer: Tokenizer, mrs: list[str], bos: int, eos: int, max_new: int):
@@ -260,6 +309,9 @@ def run(settings: Settings, command: str) -> dict[str, Any]:
     if settings.warmup >= steps:
         raise DataError(f"the warm-up takes {settings.warmup} of {steps} steps; lower --warmup.")
 
+    out = Path(settings.out)
+    directory = Path(settings.run_dir or out / f"{settings.name}_run")
+    claim(directory, settings)
     targets = None if settings.targets == "linear" else settings.targets
     wrapped = lora_jax.wrap(
         params,
@@ -275,7 +327,7 @@ def run(settings: Settings, command: str) -> dict[str, Any]:
     evaluate = evaluator(model, valid_set, settings.eval_batch)
     untouched = evaluate(params)
     batches = data.train_batches(train_set, settings.batch, settings.seed)
-    adapted, curves, step_seconds = train(settings, model, wrapped, batches, steps, evaluate)
+    adapted, curves, seconds = train(settings, model, wrapped, batches, steps, evaluate, directory)
     curves["valid"].insert(0, [0, untouched])
     merged = lora_jax.merge(adapted)
 
@@ -283,7 +335,6 @@ def run(settings: Settings, command: str) -> dict[str, Any]:
     decode = decoder(model, tokenizer, mrs, bos, eos, settings.max_new)
     texts = {"untouched": decode(params), "adapted": decode(adapted), "merged": decode(merged)}
 
-    out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     adapter_file = out / f"{settings.name}.safetensors"
     lora_jax.save_adapter(adapter_file, adapted, overwrite=True)
@@ -291,7 +342,7 @@ def run(settings: Settings, command: str) -> dict[str, Any]:
     base_size = sum(x.size for x in jax.tree.leaves(params))
     record = {
         **provenance(command, ("grain", "tokenizers", "safetensors")),
-        "settings": dataclasses.asdict(settings) | {"out": out.name},
+        "settings": dataclasses.asdict(settings) | {"out": out.name, "run_dir": directory.name},
         "data": {
             "length": length,
             "train": {"examples": len(train_set), "dropped_as_too_long": train_set.dropped},
@@ -314,7 +365,11 @@ def run(settings: Settings, command: str) -> dict[str, Any]:
             "sha256": hashlib.sha256("".join(before).encode()).hexdigest(),
         },
         "adapter": inspect_adapter(adapter_file, params, adapted),
-        "seconds": {"per_step": step_seconds, "whole_run": time.perf_counter() - begin},
+        "seconds": {
+            "steps_made": len(seconds),  # by the process that wrote this
+            "per_step": sum(seconds[1:]) / (len(seconds) - 1) if len(seconds) > 1 else None,
+            "whole_run": time.perf_counter() - begin,
+        },
         "curves": curves,
         "samples": [
             {"mr": mr, **{name: texts[name][i] for name in ("untouched", "adapted")}}
@@ -340,7 +395,8 @@ def summary(record: dict[str, Any]) -> str:
         "base bit-identical": base["bit_identical_after_training"],
         "adapter on disk": f"{adapter['bytes_on_disk']:,} bytes, "
         f"a base weight in it: {adapter['holds_a_base_weight']}",
-        "time": f"{seconds['whole_run']:.0f} s, {seconds['per_step'] * 1e3:.0f} ms per step",
+        "time": f"{seconds['whole_run']:.0f} s"
+        + (f", {seconds['per_step'] * 1e3:.0f} ms per step" if seconds["per_step"] else ""),
     }
     return "\n".join(f"{name:30}{value}" for name, value in rows.items())
 

@@ -1,0 +1,195 @@
+r"""Plans a LoRA run of GPT-3 or Llama 3 on hardware that need not be there.
+
+    python -m experiments.plan.run --preset llama3-70b --topology v5p:4x4x4 --mesh fsdp=16,tensor=4 \
+        --batch 64 --length 4096
+
+Will it fit, and what does it take? The train step is compiled for the topology, by the TPU compiler where
+that is one of TPUs (pip install "lora-jax[tpu]"; no TPU is needed), which takes from seconds to a few
+minutes. The answer is a table of memory, operations and collectives, with what would help where the step
+does not fit. The batch is sharded over the mesh axis fsdp, heads and hidden units over tensor, and the
+parameters over both.
+
+exit code: 0 it fits, or the device's limit is not known; 1 it does not fit; 2 the command is wrong
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.plan import models
+from experiments.report import provenance
+from lora_jax.planning import Memory, Plan, plan
+
+HERE = Path(__file__).parent
+# What is adapted: the paper's choice for GPT-3 (section 7), every linear layer of the blocks for Llama.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "gpt3-175b": {"rank": 4, "targets": "attention/(q|v)/kernel"},
+    "llama3-8b": {"rank": 16, "targets": None},
+    "llama3-70b": {"rank": 16, "targets": None},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.plan.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=models.CONFIGS, required=True, help="the model, by its shapes")
+    parser.add_argument(
+        "--topology",
+        help='"v5e:4x8", "v5p:4x4x4", "v6e:8x8": a slice of TPUs by its shape; "cpu:8": so many CPU devices, '
+        "to try the command; without it the local devices",
+    )
+    parser.add_argument(
+        "--mesh",
+        default="fsdp=-1,tensor=1",
+        help="how many devices each axis has, -1 for the rest (%(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=64, help="sequences in a step, over all devices (64)")
+    parser.add_argument("--length", type=int, help="tokens in a sequence; by default 2048")
+    parser.add_argument("--rank", type=int, help="by default 4 for GPT-3 and 16 for Llama")
+    parser.add_argument(
+        "--targets",
+        help="a pattern of what is adapted; by default attention/(q|v)/kernel for GPT-3, and every linear "
+        "layer of the blocks for Llama",
+    )
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches in a step (1)")
+    parser.add_argument("--no-remat", action="store_true", help="keep every layer's activations")
+    parser.add_argument("--full", action="store_true", help="compile full fine-tuning as well")
+    parser.add_argument("--tiny", action="store_true", help="the same model in miniature, to try the command")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, not as a table")
+    parser.add_argument("--out", type=Path, help="also write the plan here, with versions and commit")
+    return parser, parser.parse_args(arguments)
+
+
+def mesh_of(text: str) -> dict[str, int]:
+    found = dict(re.findall(r"(fsdp|tensor)=(-1|\d+)", text))
+    if ",".join(f"{name}={size}" for name, size in found.items()) != text:
+        raise ValueError(f"--mesh is {text!r}; write fsdp=16,tensor=4")
+    return {name: int(found.get(name, 1)) for name in ("fsdp", "tensor")}
+
+
+def prepare(topology: str | None) -> None:
+    """Tell jax what a topology needs, before anything uses it."""
+    if topology is not None:
+        jax.config.update("jax_platforms", "cpu")  # no accelerator of this machine is needed
+    if found := re.fullmatch(r"cpu:(\d+)", topology or ""):
+        jax.config.update("jax_num_cpu_devices", int(found[1]))
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    mesh = mesh_of(options.mesh)
+    config = models.CONFIGS[options.preset]
+    config = models.tiny(config) if options.tiny else config
+    config = dataclasses.replace(config, remat=not options.no_remat)
+    length = options.length or min(2048, config.length)
+    if length > config.length:
+        raise ValueError(f"--length is {length}, and {options.preset} has {config.length} positions")
+    adapted = {name: getattr(options, name) or x for name, x in ADAPTED[options.preset].items()}
+    tokens = jax.ShapeDtypeStruct((options.batch, length), jnp.int32)
+    return plan(
+        models.loss_fn(config),
+        jax.eval_shape(lambda key: models.init(key, config), jax.random.key(0)),
+        {"tokens": tokens, "targets": tokens},
+        tx=optax.adamw(1e-4),
+        topology=options.topology,
+        mesh=mesh,
+        rules=models.rules(config),
+        accumulate=options.accumulate,
+        compile_full=options.full,
+        axes={"layers/.*kernel": ("batch", "in", "out")},
+        **adapted,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser, options = parse(arguments)
+    started = time.perf_counter()
+    print(
+        f"compiling {options.preset} for {options.topology or 'this machine'} ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        found = planned(options)
+    except (ValueError, ModuleNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    seconds = time.perf_counter() - started
+    print(f"done in {seconds:.0f} s", file=sys.stderr)
+    print(json.dumps(dataclasses.asdict(found), indent=1) if options.json else found)
+    if options.out:
+        save(options, found, seconds, arguments)
+    return 1 if found.fits is False else 0
+
+
+def save(options: argparse.Namespace, found: Plan, seconds: float, arguments: Sequence[str] | None) -> None:
+    """Write the record, and its table into the README where that has a place for the file."""
+    given = " ".join(sys.argv[1:] if arguments is None else arguments)
+    packages = ("libtpu",) if find_spec("libtpu") else ()
+    claims = paper(found) if options.preset == "gpt3-175b" and not options.tiny else []
+    result = {
+        **provenance(f"python -m experiments.plan.run {given}", packages),
+        "seconds": round(seconds, 1),
+        "plan": dataclasses.asdict(found),
+        "paper": claims,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    readme = HERE / "README.md"
+    begin, end = f"<!-- {options.out.name} -->\n", f"<!-- end of {options.out.name} -->"
+    if options.out.resolve().parent == HERE / "results" and begin in (old := readme.read_text()):
+        before, rest = old.split(begin, 1)
+        text = f"```\n$ {result['command']}\n\n{found}\n```\n"
+        if claims:
+            rows = [["the paper says", "paper", "here"], ["---", "---:", "---:"]]
+            rows += [[claim["what"], claim["paper"], claim["here"]] for claim in claims]
+            text += "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        readme.write_text(f"{before}{begin}{text}{end}{rest.split(end, 1)[1]}")
+
+
+def paper(found: Plan) -> list[dict[str, str]]:
+    """What the LoRA paper says of GPT-3 (abstract, sections 1 and 4.2), beside what the plan counts."""
+    lora, full, devices = found.memory, found.full, found.devices
+    base = 2 * found.parameters  # two bytes a number, as in the paper
+    claims = [
+        ("trained parameters, r 4 on q and v", "-", f"{found.trained:,}"),
+        ("fewer trained parameters", "10,000 times", f"{found.parameters / found.trained:,.0f} times"),
+        ("checkpoint of the model", "350 GB", f"{base / 1e9:.0f} GB"),
+        ("checkpoint of the adapter, two bytes a number", "35 MB", f"{2 * found.trained / 1e6:.1f} MB"),
+        ("the same, in float32 as it is saved here", "-", f"{4 * found.trained / 1e6:.1f} MB"),
+        ("training: parameters, gradients, optimizer", "1.2 TB to 350 GB", states(lora, full, devices)),
+    ]
+    if lora.peak is not None and full.peak is not None:
+        claims.append(
+            ("training: peak of the compiled step", "1.2 TB to 350 GB", change(full.peak, lora.peak, devices))
+        )
+    return [{"what": what, "paper": theirs, "here": ours} for what, theirs, ours in claims]
+
+
+def states(lora: Memory, full: Memory, devices: int) -> str:
+    before, after = (x.base + x.trained + x.gradients + x.optimizer for x in (full, lora))
+    return change(before, after, devices)
+
+
+def change(before: int, after: int, devices: int) -> str:
+    """From one number of bytes a device to another, in all."""
+    return f"{before * devices / 1e9:,.0f} GB to {after * devices / 1e9:,.0f} GB ({before / after:.2f} times)"
+
+
+if __name__ == "__main__":
+    prepare(parse(None)[1].topology)
+    raise SystemExit(main())
