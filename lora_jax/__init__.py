@@ -21,6 +21,7 @@ from lora_jax.params import stack as stack
 from lora_jax.params import swap as swap
 from lora_jax.params import unmerge as unmerge
 from lora_jax.params import wrap as wrap
+from lora_jax.planning import plan as plan
 from lora_jax.report import summary as summary
 from lora_jax.sharding import process_shard as process_shard
 from lora_jax.train import TrainState as TrainState

@@ -148,31 +148,24 @@ class Run:
             raise RuntimeError(f"the run in {str(self.directory)!r} is open; enter it once.")
         with contextlib.ExitStack() as undo:
             self._iterator = _iterator(self._data)
+            self._position(check=True)
+            _check_ours(self.directory)
+            if self._is_first:
+                self._claim(undo)
+                undo.callback(shutil.rmtree, self._saves / _TRASH, ignore_errors=True)
             self._resume()
-            self._claim(undo)
+            if self._is_first:
+                # Nothing was touched before all was found in order.
+                _cut(self.directory / _METRICS, self._saved)
+                self._file = undo.enter_context(open(self.directory / _METRICS, "a", encoding="utf-8"))
             manager = self._opened()
             undo.callback(manager.close)
             self._catch_sigterm(undo)
             self._manager, self._undo = manager, undo.pop_all()
         return self
 
-    def _resume(self) -> None:
-        """Take what the newest save holds. Nothing on disk is touched."""
-        _check_ours(self.directory)
-        # Every save is looked at, since the manager will read them all.
-        contents = [_content(self.directory, step) for step in _saved_steps(self.directory)]
-        self._base, self._form = _base(self._state), _form(self._state)
-        self._position(check=True)
-        if contents:
-            self._state = _restored(self.directory, contents[-1], self._state, self._form)
-            self._set_position(contents[-1]["positions"])
-        self.step = contents[-1]["step"] if contents else int(self._state.step)
-        self._saved = self.step if contents else None
-
     def _claim(self, undo: contextlib.ExitStack) -> None:
-        """Make the directory this run's, and cut off what came after the save that it goes on from."""
-        if not self._is_first:
-            return
+        """Mark the directory as a run's, and keep other processes away."""
         self.directory.mkdir(parents=True, exist_ok=True)
         mark = self.directory / _MARK
         if not mark.exists():
@@ -180,12 +173,17 @@ class Run:
             new.write_text(json.dumps({"lora_jax": "run", "format": FORMAT}) + "\n")
             os.replace(new, mark)
         _lock(undo.enter_context(open(mark, "r+")), self.directory)
-        shutil.rmtree(self._saves / _TRASH, ignore_errors=True)
-        undo.callback(shutil.rmtree, self._saves / _TRASH, ignore_errors=True)
-        file = self.directory / _METRICS
-        if file.exists():
-            _cut(file, self._saved)
-        self._file = undo.enter_context(open(file, "a", encoding="utf-8"))
+
+    def _resume(self) -> None:
+        """Take what the newest save holds."""
+        # Every save is looked at, since the manager will read them all.
+        contents = [_content(self.directory, step) for step in _saved_steps(self.directory)]
+        self._base, self._form = _base(self._state), _form(self._state)
+        if contents:
+            self._state = _restored(self.directory, contents[-1], self._state, self._form)
+            self._set_position(contents[-1]["positions"])
+        self.step = contents[-1]["step"] if contents else int(self._state.step)
+        self._saved = self.step if contents else None
 
     def _opened(self) -> ocp.CheckpointManager:
         policies = ocp.checkpoint_managers
@@ -374,7 +372,7 @@ class Run:
         }
         self._wait()
         if self._is_first:
-            shutil.rmtree(self._saves / _TRASH, ignore_errors=True)
+            shutil.rmtree(self._saves / _TRASH, ignore_errors=True)  # else it grows, and holds equal names
         self._writing = self.step
         with self._saving():
             self._manager.save(
@@ -810,6 +808,8 @@ def _gathered(text: str) -> list[str]:
 
 def _cut(file: Path, step: int | None) -> None:
     """Drop the lines of later steps, and a last one that was not finished; without a save, all of them."""
+    if not file.exists():
+        return
     size = 0
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):

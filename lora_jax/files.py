@@ -144,7 +144,7 @@ def load_adapter(path: str | os.PathLike[str], params: Any, *, check: bool = Tru
 
     Returns:
         A wrapped tree of the structure of `params`. The factors are bit for bit those that were
-        saved, on the default device; the base's arrays are the very objects of `params`.
+        saved, and lie where their weight does; the base's arrays are the very objects of `params`.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.

@@ -127,8 +127,10 @@ def initialize(key: jax.Array, w: Any, target: Target, dtype: Any = jnp.float32)
             "function (key, w, target) -> (w, a, b)."
         )
 
+    initializer = INITIALIZERS[target.init]
+
     def factors(key: jax.Array) -> tuple[Any, Any]:
-        _, a, b = INITIALIZERS[target.init](key, w, target, dtype)
+        _, a, b = initializer(key, w, target, dtype)
         return _limited(a, b, target) if target.ranks else (a, b)
 
     where = factor_shardings(w, target.axes)

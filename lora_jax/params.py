@@ -704,8 +704,10 @@ def swap(wrapped: Any, adapter: Any) -> Any:
     def leaf(path: str, node: Any) -> Any:
         new = theirs.get(path)
         if isinstance(new, LoraWeight):
-            return _checked(path, node.replace(a=new.a, b=new.b, scale=new.scale))
-        return node if new is None else node.replace(value=new.value)
+            # Where the old ones lie, so that a compiled function finds them there.
+            a, b, scale = (_placed_as(getattr(new, x), getattr(node, x)) for x in ("a", "b", "scale"))
+            return _checked(path, node.replace(a=a, b=b, scale=scale))
+        return node if new is None else node.replace(value=_placed_as(new.value, node.value))
 
     return close(map_with_path(leaf, tree, is_leaf=is_wrapped_leaf))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,10 +40,12 @@ def factor_specs(spec: P, axes: Sequence[AxisKind]) -> tuple[P, P, P]:
     return _stripped((*batch, *inner)), _stripped((*batch, None, *outer)), _stripped(batch)
 
 
-def _stripped(parts: Sequence[Part]) -> P:
+def _stripped(parts: Iterable[Part]) -> P:
     """The spec without None at its end, of which jax takes those with and without for two shardings."""
-    count = max((i + 1 for i, part in enumerate(parts) if part is not None), default=0)
-    return P(*parts[:count])
+    parts = list(parts)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return P(*parts)
 
 
 def factor_shardings(w: Any, axes: Sequence[AxisKind]) -> tuple[NamedSharding, ...] | None:
@@ -68,14 +70,20 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = None) -> Any:
 
 def base_specs(tree: Any, mesh: Mesh, rules: Rules = None) -> dict[str, P]:
     """The spec of every leaf of a plain or wrapped tree by path; of a LoraWeight that of its w."""
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh is {mesh!r}; write jax.make_mesh((4, 2), ('fsdp', 'tensor')), for instance.")
+    check_mesh(mesh)
     by_path, by_name = _read_rules(rules)
     names = _axis_names(tree)
-    items = {path: node for path, node in leaves_with_path(tree, is_wrapped_leaf) if _shape(node) is not None}
+    if by_name and not names:
+        raise ValueError(
+            f"the sharding rules speak of axes by name, such as {by_name[0][0]!r}, and no parameter names "
+            "its axes: boxes are lost by nn.unbox and in a plain checkpoint. Write {pattern: PartitionSpec}."
+        )
+    nodes = dict(leaves_with_path(tree, is_wrapped_leaf))
+    items = {path: shape for path, node in nodes.items() if (shape := _shape(node)) is not None}
     unused = dict.fromkeys(pattern for pattern, _ in by_path)
     specs: dict[str, P] = {}
-    for path, node in items.items():
+    for path, shape in items.items():
+        node = nodes[path]
         found = [(pattern, spec) for pattern, spec in by_path if matches(pattern, path, node)]
         for pattern, _ in found:
             unused.pop(pattern, None)
@@ -88,8 +96,8 @@ def base_specs(tree: Any, mesh: Mesh, rules: Rules = None) -> dict[str, P]:
         elif by_path:
             spec = P()
         else:
-            spec = _largest(path, _shape(node), mesh)
-        specs[path] = _checked(path, spec, _shape(node), mesh)
+            spec = _largest(path, shape, mesh)
+        specs[path] = _checked(path, spec, shape, mesh)
     if unused:
         pattern = next(iter(unused))
         raise ValueError(
@@ -97,6 +105,18 @@ def base_specs(tree: Any, mesh: Mesh, rules: Rules = None) -> dict[str, P]:
             f"{', '.join(map(repr, nearest(str(pattern), items)))}."
         )
     return specs
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raise unless it is a mesh whose axes are all Auto or all Explicit."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh is {mesh!r}; write jax.make_mesh((4, 2), ('fsdp', 'tensor')), for instance.")
+    if len(set(mesh.axis_types)) > 1:
+        raise ValueError(
+            f"the mesh has axes of the types {mesh.axis_types}; make it of one kind: "
+            f"jax.make_mesh({tuple(mesh.axis_sizes)}, {tuple(mesh.axis_names)}, "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})."
+        )
 
 
 def assigned(tree: Any, specs: Mapping[str, P], mesh: Mesh, others: bool = True) -> Any:
@@ -156,8 +176,8 @@ def _read_rules(rules: Rules) -> tuple[list[tuple[Pattern, P]], list[tuple[str, 
     """Rules by path, and rules for the names of logical axes."""
     if rules is None:
         return [], []
-    if isinstance(rules, Mapping) and all(isinstance(spec, P) for spec in rules.values()):
-        rules = list(rules.items())
+    if isinstance(rules, Mapping) and all(spec is None or isinstance(spec, P) for spec in rules.values()):
+        rules = [(pattern, P() if spec is None else spec) for pattern, spec in rules.items()]
     by_path: list[tuple[Pattern, P]] = []
     by_name: list[tuple[str, Part]] = []
     if isinstance(rules, Sequence) and not isinstance(rules, str):
@@ -165,8 +185,9 @@ def _read_rules(rules: Rules) -> tuple[list[tuple[Pattern, P]], list[tuple[str, 
             match rule:
                 case (str() as pattern, P() as spec):
                     by_path.append((pattern, spec))
-                case (pattern, P() as spec) if callable(pattern):
-                    by_path.append((pattern, spec))
+                case (predicate, P() as spec) if callable(predicate):
+                    matching: Any = predicate
+                    by_path.append((matching, spec))
                 case (str() as name, None | str() | tuple() as part):
                     by_name.append((name, part))
                 case _:
@@ -186,7 +207,7 @@ def _read_rules(rules: Rules) -> tuple[list[tuple[Pattern, P]], list[tuple[str, 
 
 
 def _exactly(path: str) -> Pattern:
-    return lambda other, _: other == path
+    return lambda other, _: bool(other == path)
 
 
 def _axis_names(tree: Any) -> dict[str, tuple[Sequence[Part], Sequence[tuple[str, Part]]]]:
@@ -218,7 +239,8 @@ def _from_names(path: str, named: Any, given: Sequence[tuple[str, Part]], mesh: 
             if not set(_several(name)) <= set(mesh.axis_names):
                 raise ValueError(
                     f"{path!r} has an axis named {name!r}, which is no axis of the mesh "
-                    f"{tuple(mesh.axis_names)} and has no rule; write rules=[({name!r}, mesh axis or None)]."
+                    f"{tuple(mesh.axis_names)} and has no rule; write ({name!r}, mesh axis or None) into a "
+                    "list of rules, in which (pattern, PartitionSpec) may stand too."
                 )
             candidates = [name]
         free = [part for part in candidates if not used & set(_several(part))]
@@ -253,6 +275,14 @@ def _checked(path: str, spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
             f"{path!r} has shape {shape} and is to be sharded by {spec}, which has {len(spec)} parts; write "
             "at most one for each axis."
         )
+    if P.UNCONSTRAINED in spec:
+        raise ValueError(f"{path!r} is to be sharded by {spec}; write None for an axis that stays whole.")
+    used = [name for part in spec for name in _several(part)]
+    twice = [name for name in used if used.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"{path!r} is to be sharded by {spec}, which uses {twice[0]!r} twice; write it once."
+        )
     for i, part in enumerate(spec):
         unknown = [name for name in _several(part) if name not in mesh.axis_names]
         if unknown:
@@ -266,20 +296,29 @@ def _checked(path: str, spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
                 f"axis {i} of {path!r} has size {shape[i]}, which {part!r} of size {size} does not divide; "
                 f"write a rule for {path!r} that leaves it whole."
             )
-    return _stripped(spec)
+    return _stripped([*spec])
 
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of several devices on which some array of a tree lies."""
     for x in jax.tree.leaves(tree):
         where = x.sharding if isinstance(x, jax.Array) and not isinstance(x, Tracer) else None
-        if isinstance(where, NamedSharding) and where.num_devices > 1:
+        if isinstance(where, NamedSharding) and where.num_devices > 1 and isinstance(where.mesh, Mesh):
             return where.mesh
     return None
 
 
-def default_batch_spec(mesh: Mesh, rules: Rules) -> P:
-    """Over which mesh axes a batch's leading axis is sharded where nothing is said."""
+def checked_batch_spec(mesh: Mesh, rules: Rules, given: P | None) -> P:
+    """How a batch's leading axes are sharded: as given, or by the names of the mesh's axes."""
+    check_mesh(mesh)
+    if given is not None:
+        names = [name for part in given for name in _several(part)] if isinstance(given, P) else [given]
+        if not set(map(str, names)) <= set(mesh.axis_names):
+            raise ValueError(
+                f"batch_spec is {given!r}; write one PartitionSpec for all arrays of a batch, of the mesh's "
+                f"axes {tuple(mesh.axis_names)}."
+            )
+        return given
     names = tuple(name for name in mesh.axis_names if name in ("data", "fsdp"))
     if names:
         return P(names)
@@ -310,7 +349,7 @@ def process_shard(mesh: Mesh, batch_spec: P | None = None) -> tuple[int, int]:
     >>> process_shard(jax.make_mesh((1,), ("data",)))
     (0, 1)
     """
-    spec = default_batch_spec(mesh, None) if batch_spec is None else batch_spec
+    spec = checked_batch_spec(mesh, None, batch_spec)
     rows = NamedSharding(mesh, P(*spec[:1]))
     shards = int(np.prod([mesh.shape[name] for name in _several(spec[0] if len(spec) else None)]))
     held: dict[int, set[int]] = {}
@@ -329,17 +368,23 @@ def put(x: Any, where: NamedSharding) -> Any:
     """An array, or an abstract one, in its place."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    # What is no array (numbers and functions in an Equinox module) reaches the model as it is.
-    return jax.device_put(x, where) if isinstance(x, (jax.Array, np.ndarray)) else x
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return x  # numbers and functions in an Equinox module reach the model as they are
+    if jax.process_count() > 1 and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        # jax has no device_put of typed keys to devices of other processes.
+        data = jax.device_put(jax.random.key_data(x), where)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(x, where)
 
 
 def put_part(path: str, x: Any, mesh: Mesh, spec: P) -> Any:
     """One array of a batch on the mesh; in a run of several processes x is this process's part."""
     if isinstance(x, Tracer) or isinstance(x, jax.Array) and not x.is_fully_addressable:
         return x
-    if isinstance(getattr(x, "sharding", None), NamedSharding) and x.sharding.mesh == mesh:
+    there = getattr(x, "sharding", None)
+    if isinstance(there, NamedSharding) and there.mesh == mesh:
         return x
-    shape = jnp.shape(x)
+    shape = np.shape(x)
     where = NamedSharding(mesh, P(*spec[: len(shape)]))
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
@@ -350,7 +395,8 @@ def put_part(path: str, x: Any, mesh: Mesh, spec: P) -> Any:
     except ValueError as error:
         raise ValueError(
             f"the batch's {path or 'array'!r} has shape {shape}, which does not divide over the mesh "
-            f"{dict(mesh.shape)} by {where.spec}; write a batch size that does, or another batch_spec."
+            f"{dict(mesh.shape)} by {where.spec}; write a batch size that does, or another batch_spec. "
+            "What is not by example put on the mesh yourself: jax.device_put(x, NamedSharding(mesh, P()))."
         ) from error
 
 
@@ -363,9 +409,17 @@ def layout_of(tree: Any) -> tuple[Any, ...]:
             return None
         spec = where.spec
         # What comes out of a step may say the same in another form, and is to be known again.
-        return NamedSharding(where.mesh, _stripped(spec)) if spec and spec[-1] is None else where
+        return NamedSharding(where.mesh, _stripped([*spec])) if spec and spec[-1] is None else where
 
     return tuple(map(of, jax.tree.leaves(tree)))
+
+
+def explicit_parts(x: Any) -> int:
+    """Over how many devices the first axis of an array is sharded by its type."""
+    where = jax.typeof(x).sharding
+    if AxisType.Explicit not in getattr(where.mesh, "axis_types", ()) or not len(where.spec):
+        return 1
+    return int(np.prod([where.mesh.shape[name] for name in _several(where.spec[0])]))
 
 
 def laid_out(tree: Any, layout: tuple[Any, ...]) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,10 @@ class TrainState:
         ):
             raise TypeError(f"key is {_show(key)}; write a PRNG key, for instance jax.random.key(0).")
         if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(f"tx is {_show(tx)}; write an optax transformation, such as optax.adamw(1e-4).")
+            raise TypeError(
+                f"tx is {_show(tx)}; write an optax transformation, such as optax.adamw(1e-4), or of "
+                "optax.MultiSteps its .gradient_transformation()."
+            )
         params_lib.require_wrapped(nnx.opened(wrapped)[0], "TrainState.create")
         trainable, frozen = params_lib.partition(wrapped)
         trainable = jax.tree.map(_own, trainable)
@@ -114,6 +117,18 @@ def _strong(leaf: Any) -> Any:
 Metrics = dict[str, Any]
 
 
+class TrainStep(Protocol):
+    """What `make_train_step` gives."""
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """The state after the step, and its metrics."""
+        ...
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """The step as `jax.jit(...).lower` gives it; state and batch may be abstract."""
+        ...
+
+
 def shardings(tree: Any, mesh: Mesh, rules: sharding.Rules = None) -> Any:
     r"""Where every array of a tree belongs on a mesh: a tree of `NamedSharding`.
 
@@ -127,14 +142,15 @@ def shardings(tree: Any, mesh: Mesh, rules: sharding.Rules = None) -> Any:
 
     Args:
         tree: Parameters, a wrapped tree or a `TrainState`, of arrays or of `jax.ShapeDtypeStruct`.
-        mesh: A `jax.sharding.Mesh`, with Auto or Explicit axes.
+        mesh: A `jax.sharding.Mesh` of Auto or of Explicit axes.
         rules: {pattern: PartitionSpec} or a list of such pairs; a tree of PartitionSpecs like the
             parameters; or, for models that name their axes, a list of (name, mesh axis) as in
             `nn.logical_axis_rules`.
 
     Returns:
-        A tree of the same structure, for `jax.device_put` and `jax.jit(..., out_shardings=...)`. For an
-        `nnx.Module` it is that of its state.
+        A tree of the same structure, for `jax.device_put` and `jax.jit(..., out_shardings=...)`, which
+        take trees of arrays alone (`eqx.filter` first what holds functions). For an `nnx.Module` it is
+        that of its state.
 
     Raises:
         ValueError: a rule matches nothing; a spec does not fit the shape or names no axis of the mesh.
@@ -169,7 +185,7 @@ def sharded_init(fn: Callable[..., Any], mesh: Mesh, rules: sharding.Rules = Non
     Nothing is ever whole on one device, and nothing passes through the host.
 
     Args:
-        fn: A function of arrays that returns parameters, a wrapped tree or a `TrainState`.
+        fn: A function of arrays that returns parameters, a wrapped tree, an `nnx.Module` or a `TrainState`.
         mesh: As for `shardings`.
         rules: As for `shardings`.
 
@@ -188,8 +204,21 @@ def sharded_init(fn: Callable[..., Any], mesh: Mesh, rules: sharding.Rules = Non
     """
 
     def init(*args: Any) -> Any:
-        where = shardings(jax.eval_shape(fn, *args), mesh, rules)
-        return jax.jit(fn, out_shardings=where)(*args)
+        rest: list[_Static] = []
+
+        def arrays(*args: Any) -> list[Any]:
+            out = fn(*args)
+            static, found = _take_apart(nnx.split(out) if nnx.is_module(out) else out)
+            rest[:] = [static]
+            return found
+
+        tree = jax.eval_shape(arrays, *args)
+        tree = rest[0].join(tree)
+        module = nnx.is_split(tree)
+        where = jax.tree.leaves(shardings(tree[1] if module else tree, mesh, rules))
+        where = [x for x, kind in zip(where, rest[0].kinds, strict=True) if kind is jax.Array]
+        made = rest[0].join(jax.jit(arrays, out_shardings=where)(*args))
+        return nnx.merge(*made) if module else made
 
     return init
 
@@ -204,7 +233,7 @@ def make_train_step(
     accumulate: int = 1,
     weight: str | None = None,
     densify: Pattern | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     r"""A compiled train step: gradients, optimizer update and metrics of the trainable part.
 
     With :math:`t` the trainable half and :math:`\ell` the loss, a step is
@@ -223,11 +252,10 @@ def make_train_step(
     microbatch; everything else stays.
 
     On a mesh the same function of the whole batch is computed, and every array stays where it is:
-    gradients, parameters and the optimizer's state are constrained to the shardings of the state that
-    came in. A state made elsewhere is first put on `mesh`, as `shardings(state, mesh, rules)` says; and
-    the batch's arrays, which in a run of several processes are each process's own part (`process_shard`
-    says which), are put there by `batch_spec`. Without `mesh` everything follows the
-    arrays of the state and the batch.
+    gradients, parameters and the optimizer's state are constrained to their shardings. A state that does
+    not lie as `shardings(state, mesh, rules)` says is first put there. The batch's arrays are put there by
+    `batch_spec`; in a run of several processes they are each process's own part, and `process_shard` says
+    which that is. Without `mesh` everything follows the arrays of the state and the batch.
 
     Args:
         loss_fn: `loss_fn(params, batch, key)`, plain code that knows nothing of LoRA and applies no
@@ -242,7 +270,8 @@ def make_train_step(
             devices where it is. The gradients' mean is that of the whole batch where the loss is a
             mean over examples, or over what `weight` counts.
         weight: The name of the auxiliary value that counts what the loss is a mean over, such as the
-            tokens that are no padding: microbatches are weighted by it, and its sum is among the metrics.
+            tokens that are no padding: microbatches, and with their losses the other auxiliary values,
+            are weighted by it, and its sum is among the metrics.
         densify: As for `lora_jax.lora`.
 
     Returns:
@@ -251,7 +280,7 @@ def make_train_step(
         and the auxiliary values; the loss and the auxiliary values are means over the microbatches,
         the latter as floats. Their copies to the host are under way when the step returns, so reading
         those of one step after the next was started does not wait. `step.lower(state, batch)`, also of
-        abstract arrays, is that of `jax.jit`.
+        abstract arrays, gives what `jax.jit(...).lower` gives, for its text and the compiler's analyses.
 
     Raises:
         ValueError: `accumulate` is no integer of at least 1; `batch_spec` is needed; when the step is
@@ -287,10 +316,9 @@ def make_train_step(
 
     # The frozen half comes as its leaves: arrays, and apart from them what is no array (numbers and
     # functions in an Equinox module), which must reach the model as it is.
-    @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-    def compiled(
+    def one_step(
         rest: _Static,
-        layout: Any,
+        layout: tuple[Any, ...],
         trainable: Any,
         opt_state: Any,
         arrays: Any,
@@ -314,9 +342,16 @@ def make_train_step(
         opt_state = sharding.laid_out(jax.tree.map(_strong, opt_state), layout[1])
         step = step + jnp.ones((), jnp.int32)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "step": step, **aux}
-        return trainable, opt_state, step, mutated, metrics
+        return (*map(jax.tree.leaves, (trainable, opt_state)), step, mutated, metrics)
 
-    def arguments(state: TrainState, batch: Any) -> tuple[TrainState, tuple[Any, ...]]:
+    @functools.lru_cache(maxsize=16)
+    def jitted(trainable: tuple[Any, ...], opt_state: tuple[Any, ...], step: Any) -> Any:
+        # Results leave as they came. XLA may say the same sharding in another form, where an axis of the
+        # mesh has size one, and the next call would compile anew.
+        where = ([*trainable], [*opt_state], step, None, None) if any(trainable + opt_state) else None
+        return jax.jit(one_step, static_argnums=(0, 1), donate_argnums=(2, 3), out_shardings=where)
+
+    def arguments(state: TrainState, batch: Any) -> tuple[TrainState, Any, tuple[Any, ...]]:
         if not isinstance(state, TrainState):
             raise TypeError(
                 f"the step was given a {type(state).__name__} as its state; write "
@@ -324,27 +359,37 @@ def make_train_step(
             )
         state, batch = place(state, batch)
         rest, arrays = _take_apart(state.frozen)
-        layout = (sharding.layout_of(state.trainable), sharding.layout_of(state.opt_state))
-        return state, (
-            *(rest, layout, state.trainable, state.opt_state),
-            *(arrays, state.step, state.key, batch),
-        )
+        parts = (state.trainable, state.opt_state)
+        layout = tuple(map(sharding.layout_of, parts))
+        compiled = jitted(*layout, sharding.layout_of(state.step)[0])
+        return state, compiled, (rest, layout, *parts, arrays, state.step, state.key, batch)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if mesh is not None and any(isinstance(x, Tracer) for x in jax.tree.leaves((state, batch))):
+            raise ValueError(
+                "a step with mesh= is compiled by itself and cannot be traced. Call it outside of jax.jit, "
+                "or make it without mesh= and give it a state that lies on the mesh: "
+                "jax.device_put(state, lora_jax.shardings(state, mesh, rules))."
+            )
         with _on(mesh):
-            state, args = arguments(state, batch)
-            trainable, opt_state, step, mutated, metrics = compiled(*args)
+            state, compiled, args = arguments(state, batch)
+            *changed, step, mutated, metrics = compiled(*args)
         _send(metrics)
+        parts = (state.trainable, state.opt_state)
+        trainable, opt_state = (
+            jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip(parts, changed, strict=True)
+        )
         frozen = _replaced(state.frozen, mutated) if mutated else state.frozen
         return TrainState(trainable, frozen, opt_state, step, state.key), metrics
 
     def lower(state: TrainState, batch: Any) -> Any:
-        """The step as `jax.jit(...).lower` gives it; state and batch may be abstract."""
         with _on(mesh):
-            return compiled.lower(*arguments(state, batch)[1])
+            _, compiled, args = arguments(state, batch)
+            return compiled.lower(*args)
 
-    train_step.lower = lower  # type: ignore[attr-defined]
-    return train_step
+    step_and_lower: Any = train_step
+    step_and_lower.lower = lower
+    return step_and_lower
 
 
 def make_eval_step(
@@ -357,8 +402,10 @@ def make_eval_step(
 ) -> Callable[[TrainState, Any], Metrics]:
     """A compiled evaluation: the loss and the auxiliary values of a batch, without dropout.
 
-    `loss_fn` is called with None in the place of the key, and no branch drops anything. What an
-    `nnx.Module` mutates is discarded. A mean over several batches of unequal size is the user's to
+    `loss_fn` is called with None in the place of the key, and no branch of LoRA drops anything. What
+    the model itself does otherwise in evaluation is for `loss_fn` to say: `deterministic=key is None`,
+    or for NNX `nnx.view(model, deterministic=True, use_running_average=True)`. What an `nnx.Module`
+    mutates is discarded. A mean over several batches of unequal size is the user's to
     take, with what `loss_fn` returns beside the loss.
 
     Args:
@@ -418,14 +465,15 @@ def _placer(mesh: Mesh | None, rules: sharding.Rules, batch_spec: P | None) -> C
             if value is not None:
                 raise ValueError(f"{name} says how arrays lie on a mesh; give mesh= as well.")
         return lambda state, batch: (_placed_with(state, batch), batch)
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh is {mesh!r}; write jax.make_mesh((4, 2), ('fsdp', 'tensor')), for instance.")
-    spec = sharding.default_batch_spec(mesh, rules) if batch_spec is None else batch_spec
+    spec = sharding.checked_batch_spec(mesh, rules, batch_spec)
+
+    known = set()  # the layouts that are those which the rules give
 
     def place(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        at = None if isinstance(state.step, Tracer) else getattr(state.step, "sharding", None)
-        if not isinstance(state.step, Tracer) and not (isinstance(at, NamedSharding) and at.mesh == mesh):
+        layout = sharding.layout_of(state)
+        if layout not in known:
             state = jax.tree.map(sharding.put, state, shardings(state, mesh, rules))
+            known.add(sharding.layout_of(state))
         return state, map_with_path(lambda path, x: sharding.put_part(path, x, mesh, spec), batch)
 
     return place
@@ -482,7 +530,8 @@ def _mutated(params: Any, frozen: Any) -> dict[str, Any]:
 def _replaced(frozen: Any, mutated: dict[str, Any]) -> Any:
     leaves, treedef = jax.tree.flatten(frozen)
     for number, value in mutated.items():
-        leaves[int(number)] = value
+        (where,) = sharding.layout_of(leaves[int(number)]) or (None,)
+        leaves[int(number)] = value if where is None else jax.device_put(value, where)
     return treedef.unflatten(leaves)
 
 
@@ -497,6 +546,14 @@ def _accumulated(
     key: jax.Array,
 ) -> tuple[Any, Any, Any, Any]:
     size = _batch_size(batch, count)
+    for path, x in leaves_with_path(batch):
+        shards = sharding.explicit_parts(x)
+        if (size // count) % shards:
+            raise ValueError(
+                f"a microbatch of {size // count} examples (accumulate={count}) does not divide over the "
+                f"{shards} Explicit shards of {path or 'the batch'!r}; write a larger batch, or a smaller "
+                "accumulate."
+            )
     # Splitting the axis with the microbatches innermost keeps each device's examples on it.
     split = jax.tree.map(lambda x: jnp.reshape(x, (size // count, count, *x.shape[1:])), batch)
 
@@ -511,7 +568,11 @@ def _accumulated(
         if weight is not None:
             # A microbatch of nothing but padding has no mean: 0 / 0 must not reach the sum.
             n = aux[weight]
-            loss, grads = jax.tree.map(lambda x: jnp.where(n > 0, n.astype(x.dtype) * x, 0), (loss, grads))
+            others = {name: value for name, value in aux.items() if name != weight}
+            loss, grads, others = jax.tree.map(
+                lambda x: jnp.where(n > 0, n.astype(x.dtype) * x, jnp.zeros_like(x)), (loss, grads, others)
+            )
+            aux = {**others, weight: n}
         return (jax.tree.map(jnp.add, sums, grads), new), (loss, aux)
 
     mutated: dict[str, Any] = {}
@@ -524,11 +585,10 @@ def _accumulated(
     indices = jnp.arange(count, dtype=jnp.int32)
     (sums, mutated), (losses, aux) = lax.scan(body, (zeros, mutated), indices)
     total = jnp.asarray(count, jnp.float32) if weight is None else jnp.sum(aux[weight])
-    grads = jax.tree.map(lambda x: x / total.astype(x.dtype), sums)
-    means = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
-    if weight is not None:
-        means[weight] = total
-    return jnp.sum(losses) / total.astype(losses.dtype), means, mutated, grads
+    by = jnp.where(total > 0, total, jnp.ones_like(total))  # nothing counts in a batch of padding alone
+    grads = jax.tree.map(lambda x: x / by.astype(x.dtype), sums)
+    loss, aux = jax.tree.map(lambda x: jnp.sum(x, axis=0) / by.astype(x.dtype), (losses, aux))
+    return loss, aux if weight is None else {**aux, weight: total}, mutated, grads
 
 
 def _batch_size(batch: Any, count: int) -> int:
@@ -562,6 +622,10 @@ def _check_loss(out: Any, loss_fn: Any, weight: str | None = None) -> tuple[Any,
     taken = sorted({"loss", "grad_norm", "step"} & set(aux))
     if taken:
         raise TypeError(f"{name} returned auxiliary values named {taken}, as metrics are; rename them.")
+    if weight in aux and jnp.result_type(aux[weight]) == jnp.bool_:
+        raise TypeError(
+            f"{name} returned a boolean {weight!r}, which weight={weight!r} is to count by; sum it."
+        )
     values = {}
     for key, value in aux.items():
         for path, leaf in leaves_with_path(value):
@@ -603,7 +667,7 @@ def _placed_with(state: TrainState, others: Any) -> TrainState:
         where = NamedSharding(where.mesh, P())
 
     def place(x: Any) -> Any:
-        return jax.device_put(x, where) if _is_placed(x) is False else x
+        return sharding.put(x, where) if _is_placed(x) is False else x
 
     changing = (state.trainable, state.opt_state, state.step, state.key)
     trainable, opt_state, step, key = jax.tree.map(place, changing)

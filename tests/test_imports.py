@@ -30,7 +30,8 @@ ALLOWED = {
     "check": {"tree", "weight", "nnx", "params", "interpret"},
     "files": {"tree", "weight", "nnx", "params"},
     "checkpoint": {"tree", "weight", "nnx", "params", "files", "train"},
-    "planning": {"tree", "weight", "nnx", "params", "sharding", "train"},
+    "hlo": set(),
+    "planning": {"tree", "weight", "nnx", "params", "sharding", "train", "rules.control", "hlo"},
 }
 
 
@@ -75,7 +76,7 @@ def test_the_package_exports_names_only():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     assert all(isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) for node in tree.body)
     public = [name for name in vars(lora_jax) if not name.startswith("_")]
-    assert len(public) <= 45
+    assert len(public) <= 50
     for name in public:
         assert getattr(lora_jax, name).__doc__, name
 

@@ -1,5 +1,9 @@
 """One train step on any mesh: the curve of a single device, shardings and where they come from."""
 
+import contextlib
+from collections.abc import Callable
+
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -160,7 +164,9 @@ def test_linen_metadata_says_where():
 
     mesh, x = mesh_of(1, 4, 2), jnp.ones((2, 16))
     wrapped = lora_jax.wrap(Model().init(jax.random.key(0), x)["params"], rank=2, targets=".*")
-    with pytest.raises(ValueError, match=r"'down/kernel' has an axis named 'mlp'.*rules=\[\('mlp'"):
+    with pytest.raises(
+        ValueError, match=r"'down/kernel' has an axis named 'mlp'.*\('mlp', mesh axis or None\)"
+    ):
         lora_jax.shardings(wrapped, mesh)
     where = lora_jax.shardings(wrapped, mesh, [("embed", "fsdp"), ("mlp", "fsdp"), ("mlp", "tensor")])
     assert where["up"]["kernel"].value.w.spec == P("fsdp", "tensor")
@@ -199,6 +205,9 @@ def test_nnx_metadata_says_where():
         ({"head": P(None, None, "fsdp")}, ValueError, r"'head/kernel' has shape \(16, 7\).*3 parts"),
         ([("up", 3)], TypeError, r"\('up', 3\) is no sharding rule"),
         ({"embed": {"x": 3}}, TypeError, "hold 3 at 'embed/x'"),
+        ({"embed": P("fsdp", "fsdp")}, ValueError, "'embed'.*uses 'fsdp' twice"),
+        ({"embed": P(P.UNCONSTRAINED)}, ValueError, "'embed'.*write None for an axis that stays whole"),
+        ([("embed", "fsdp")], ValueError, "axes by name, such as 'embed', and no parameter names its axes"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(rules, error, message):
@@ -316,29 +325,103 @@ BATCH = {
 }
 
 
-def test_arrays_stay_where_they_are_and_the_second_step_compiles_nothing():
-    mesh = mesh_of(2, 2, 2)
-    state, step = make(mesh, rules={"up/kernel": P("fsdp", "tensor")})
+@contextlib.contextmanager
+def compiles_nothing():
+    events = []
+
+    def listen(event, *args, **kwargs):
+        if "compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not events
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
+def test_arrays_stay_where_they_are_and_the_second_step_compiles_nothing(sizes):
+    mesh = mesh_of(*sizes)
+    rules = {"up/kernel": P("fsdp", "tensor")}
+    state, step = make(mesh, rules=rules)
+    expected = jax.tree.leaves(lora_jax.shardings(state, mesh, rules))
     state, _ = step(state, BATCH)
-    first = jax.tree.map(lambda x: x.sharding, state)
-    assert first.trainable["up"]["kernel"].a.spec == P("fsdp")
     frozen = jax.tree.leaves(state.frozen)
-    with jax.log_compiles(False):
-        count = 0
-
-        def counted(*args, **kwargs):
-            nonlocal count
-            count += 1
-
-        jax.monitoring.register_event_duration_secs_listener(counted)
-        try:
-            state, metrics = step(state, BATCH)
-        finally:
-            jax.monitoring.unregister_event_duration_listener(counted)
-        assert not count
-    assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, state)) == jax.tree.leaves(first)
+    with compiles_nothing():
+        state, metrics = step(state, BATCH)
+        assert float(metrics["loss"]) > 0
+    for x, where in zip(jax.tree.leaves(state), expected, strict=True):
+        assert x.sharding == where
     assert all(a is b for a, b in zip(frozen, jax.tree.leaves(state.frozen), strict=True))
-    assert float(metrics["loss"]) > 0
+
+
+def test_a_state_that_lies_otherwise_than_the_rules_say_is_moved():
+    mesh, rules = mesh_of(2, 2, 2), {"up/kernel": P("fsdp", "tensor")}
+    state, step = make(mesh, rules=rules)
+    for _ in range(2):  # known once and again
+        replicated = jax.device_put(state, NamedSharding(mesh, P()))
+        state, _ = step(replicated, BATCH)
+        assert state.frozen["up"]["kernel"].w.sharding.spec == P("fsdp", "tensor")
+
+
+class Normed(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.norm = nnx.Linear(16, 64, rngs=rngs), nnx.BatchNorm(64, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.up(x))
+
+
+def test_statistics_of_a_module_stay_where_they_are():
+    mesh, tx = mesh_of(1, 4, 2), optax.sgd(1e-2)
+    rules = {"up/kernel": P("fsdp", "tensor")}
+
+    def loss_fn(model, batch, key):
+        return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+    module = lora_jax.sharded_init(lambda: Normed(nnx.Rngs(0)), mesh, rules)()
+    assert module.up.kernel[...].sharding.spec == P("fsdp", "tensor")
+    state = lora_jax.TrainState.create(lora_jax.wrap(module, rank=2), tx, jax.random.key(0))
+    step = lora_jax.make_train_step(loss_fn, tx, mesh=mesh, rules=rules)
+    before = [x.sharding for x in jax.tree.leaves(state.frozen)]
+    mean = np.asarray(module.norm.mean[...])
+    state, _ = step(state, BATCH)
+    with compiles_nothing():
+        state, _ = step(state, BATCH)
+    assert [x.sharding for x in jax.tree.leaves(state.frozen)] == before
+    assert np.abs(state.wrapped.norm.mean[...] - mean).max() > 0
+
+
+def test_a_module_with_functions_is_made_in_place():
+    mesh, tx = mesh_of(1, 4, 2), optax.sgd(1e-2)
+
+    class Model(eqx.Module):
+        linear: eqx.nn.Linear
+        activation: Callable
+
+    def init(key):
+        model = Model(eqx.nn.Linear(16, 64, key=key), jax.nn.tanh)
+        return lora_jax.TrainState.create(lora_jax.wrap(model, rank=2), tx, key)
+
+    state = lora_jax.sharded_init(init, mesh, {"linear/weight": P("tensor", "fsdp")})(jax.random.key(0))
+    assert state.wrapped.activation is jax.nn.tanh
+    assert state.wrapped.linear.weight.a.sharding.spec == P("fsdp")
+
+
+def test_another_adapter_lies_where_the_old_one_lay():
+    mesh = mesh_of(1, 4, 2)
+    placed = jax.device_put(PARAMS, lora_jax.shardings(PARAMS, mesh, RULES))
+    wrapped = wrapped_params(**placed)
+    both = lora_jax.swap(wrapped, lora_jax.adapter(wrapped_params()))
+    assert [x.sharding for x in jax.tree.leaves(both)] == [x.sharding for x in jax.tree.leaves(wrapped)]
+
+
+def test_a_step_with_a_mesh_is_not_traced():
+    state, step = make(mesh_of(8))
+    with pytest.raises(ValueError, match=r"Call it outside of jax.jit.*without mesh="):
+        jax.jit(step)(state, BATCH)
 
 
 def test_the_lowered_step_of_abstract_arrays_is_that_of_concrete_ones():
@@ -369,12 +452,17 @@ def test_an_evaluation_drops_nothing_and_spends_nothing():
             assert float(metrics["examples"]) == 16
 
 
+MIXED = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit, AUTO))
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
         ({"rules": {}}, ValueError, "rules says how arrays lie on a mesh; give mesh="),
         ({"batch_spec": P()}, ValueError, "batch_spec says how arrays lie on a mesh; give mesh="),
         ({"mesh": 8}, TypeError, "mesh is 8; write jax.make_mesh"),
+        ({"mesh": MIXED}, ValueError, r"make it of one kind: jax.make_mesh\(\(2, 4\), \('data', 'tensor'\)"),
+        ({"mesh": mesh_of(8), "batch_spec": P("x")}, ValueError, r"batch_spec is .*'x'.*\('data',\)"),
     ],
 )
 def test_arguments_about_the_mesh_are_checked(options, error, message):
@@ -404,19 +492,42 @@ def test_a_weight_must_be_among_the_auxiliary_values():
         step(state, BATCH)
 
 
-def test_a_microbatch_of_padding_alone_counts_for_nothing():
+@pytest.mark.parametrize("mask", ["every second row", "no row"])
+def test_microbatches_without_a_token_count_for_nothing(mask):
+    """The auxiliary values are weighted as the loss is, and a batch of padding alone spoils nothing."""
+
     def loss_fn(params, batch, key):
         losses = jnp.sum((batch["x"] @ params["up"]["kernel"]) ** 2, axis=-1)
         count = jnp.sum(batch["mask"])
-        return jnp.sum(losses * batch["mask"]) / count, {"tokens": count}
+        mean = jnp.sum(losses * batch["mask"]) / jnp.maximum(count, 1)
+        return mean, {"tokens": count, "rows": mean / 2}
 
     params = {"up": {"kernel": jnp.ones((16, 64))}}
-    batch = {"x": BATCH["x"], "mask": np.tile([1.0, 0.0], 8).astype(np.float32)}
+    rows = np.tile([1.0, 0.0], 8) if mask == "every second row" else np.zeros(16)
+    batch = {"x": BATCH["x"], "mask": rows.astype(np.float32)}
     found = []
     for accumulate in (1, 2):  # the second microbatch holds the odd rows
         tx = optax.sgd(1e-3)
         state = lora_jax.TrainState.create(lora_jax.wrap(params, rank=2), tx, jax.random.key(0))
         step = lora_jax.make_train_step(loss_fn, tx, accumulate=accumulate, weight="tokens")
         state, metrics = step(state, batch)
-        found.append((float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["tokens"])))
+        found.append([float(metrics[name]) for name in ("loss", "grad_norm", "tokens", "rows")])
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state.trainable))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+def test_a_boolean_is_no_weight():
+    def loss_fn(params, batch, key):
+        return mse(params, batch, key), {"tokens": jnp.sum(batch["x"]) > 0}
+
+    state, _ = make()
+    step = lora_jax.make_train_step(loss_fn, optax.adam(1e-2), weight="tokens")
+    with pytest.raises(TypeError, match="a boolean 'tokens'"):
+        step(state, BATCH)
+
+
+def test_microbatches_that_do_not_divide_over_explicit_axes_are_refused():
+    mesh = mesh_of(8, kind=AxisType.Explicit)
+    state, step = make(mesh, rules={"up": P()}, accumulate=4)
+    with pytest.raises(ValueError, match="a microbatch of 4 examples .* 8 Explicit shards"):
+        step(state, BATCH)

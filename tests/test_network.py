@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax.planning import collective_ops
+from lora_jax.hlo import collective_ops
 
 D, WIDTH, LAYERS, BATCH, LENGTH, RANK = 64, 128, 2, 16, 8, 4
 

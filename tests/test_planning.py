@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.plan import models, run
 from lora_jax import planning
-from lora_jax.planning import Collective, collective_ops, flops, plan
+from lora_jax.hlo import Collective, collective_ops, collectives
+from lora_jax.planning import flops, plan
 
 GIB = 2**30
 
@@ -206,7 +207,7 @@ def test_each_kind_by_hand():
         return x + lax.all_to_all(x.reshape(2, 4, 2), "a", 1, 1).reshape(2, 8)
 
     text = on_mesh(fn, P("a", "b"), P("a", "b"), shape(8, 16))
-    assert planning.collectives(text) == {
+    assert collectives(text) == {
         "all-gather": Collective(1, 2 * 2 * 8 * 4),
         "reduce-scatter": Collective(1, 2 * 2 * 8 * 4),
         "all-reduce": Collective(1, 2 * 8 * 4),
@@ -247,7 +248,7 @@ def test_fsdp_gathers_every_layer_of_a_scan():
 
     fn = jax.jit(lambda w, x: lax.scan(layer, x, w)[0])
     text = fn.lower(on(shape(6, 64, 64), None, "fsdp"), on(shape(16, 64), "fsdp")).compile().as_text()
-    assert planning.collectives(text) == {"all-gather": Collective(6, 6 * 64 * 64 * 4)}
+    assert collectives(text) == {"all-gather": Collective(6, 6 * 64 * 64 * 4)}
 
 
 HLO = """HloModule jit_f, is_scheduled=true, num_partitions=4
@@ -328,7 +329,9 @@ ENTRY %main (a: bf16[8,2], b: f32[8,4], c: s8[4], d: f32[], e: s32[], g: f32[4])
   %zero = u32[] constant(0)
   %zero.1 = u32[] copy(%zero)
   %two = u32[] constant(2)
-  %first = (u32[], f32[4]{0}, u32[]) tuple(%zero.1, %g, %two)
+  %pair = (u32[], u32[]) parameter(6)
+  %other = u32[] get-tuple-element(%pair), index=1
+  %first = (u32[], f32[4]{0}, u32[], u32[]) tuple(%zero.1, %g, %two, %other)
   %loop = (u32[], f32[4]{0}, u32[]) while(%first), condition=%below, body=%turn
   ROOT %either = f32[] conditional(%e, %d, %d), branch_computations={%small, %large}, metadata={}
 }
@@ -351,7 +354,7 @@ def test_forms_that_accelerators_write():
     unknown = HLO.replace("%n = u32[] constant(7)", "%n = u32[] partition-id()")
     assert [op.times for op in collective_ops(unknown) if op.kind == "collective-permute"] == [1]
     with pytest.raises(ValueError, match=r"compiled.as_text\(\)"):
-        planning.collectives("module @jit_f {}")
+        collectives("module @jit_f {}")
 
 
 # Plans
