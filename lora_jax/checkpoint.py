@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from lora_jax import nnx
 from lora_jax.files import local_path
-from lora_jax.params import hash_bits
+from lora_jax.params import bit_numbers
 from lora_jax.train import TrainState
 from lora_jax.tree import leaves_with_path, path_str
 from lora_jax.weight import LoraWeight, is_wrapped_leaf
@@ -570,8 +570,8 @@ def _base(state: TrainState) -> dict[str, Any]:
 
 def _marked(arrays: dict[str, Any]) -> dict[str, list[Any]]:
     """Of every array shape, dtype and a number made of its bits."""
-    marks = jax.device_get([hash_bits(_raw(x)) for x in arrays.values()])
-    return {name: [*_kind(x), int(mark)] for (name, x), mark in zip(arrays.items(), marks, strict=True)}
+    marks = bit_numbers(map(_raw, arrays.values()))
+    return {name: [*_kind(x), mark] for (name, x), mark in zip(arrays.items(), marks, strict=True)}
 
 
 def _kind(x: Any) -> list[Any]:
@@ -711,7 +711,7 @@ def _restored(
             new = found.get(name, form)
             # A copy, since a step gives its memory away.
             arrays[name] = new if isinstance(new, jax.Array) and new is not form else jnp.array(new)
-        marks = jax.device_get({name: hash_bits(x) for name, x in arrays.items()})
+        marks = dict(zip(arrays, bit_numbers(arrays.values()), strict=True))
         for name, mark in marks.items():
             if mark != content["arrays"][name][2]:
                 raise ValueError(f"{name} has other bits than were saved")

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import nnx
 from lora_jax import params as params_lib
@@ -99,8 +98,7 @@ def _on_host(x: Any) -> Any:
     """An array of several processes as a whole on this one: an adapter is small."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return x
-    whole = NamedSharding(x.sharding.mesh, PartitionSpec())
-    return np.asarray(jax.device_put(x, whole).addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _save(target: Path, adapter: Adapter, overwrite: bool) -> None:

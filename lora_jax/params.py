@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -778,9 +778,23 @@ def fingerprint(tree: Any) -> dict[str, int]:
     for path, leaf in _items(tree):
         value = leaf.w if isinstance(leaf, LoraWeight) else leaf
         if not isinstance(leaf, FullWeight) and is_floating(value) and len(value.shape) >= 2:
-            found[path] = hash_bits(value)
-    numbers = jax.device_get(list(found.values()))
-    return {path: int(number) for path, number in zip(found, numbers, strict=True)}
+            found[path] = value
+    return dict(zip(found, bit_numbers(found.values()), strict=True))
+
+
+def bit_numbers(arrays: Iterable[Any]) -> list[int]:
+    """The number of `hash_bits` for every array.
+
+    >>> bit_numbers([jnp.zeros(3, jnp.int32)]) == [int(hash_bits(jnp.zeros(3, jnp.int32)))]
+    True
+    """
+    found = []
+    for x in arrays:
+        found.append(hash_bits(x))
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
+            # Sums over devices that are under way together can wait for one another for ever on CPUs.
+            found[-1].block_until_ready()
+    return [int(number) for number in jax.device_get(found)]
 
 
 @jax.jit
