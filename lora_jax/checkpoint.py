@@ -727,17 +727,18 @@ def _restored(
 
 
 def _lock(file: Any, directory: Path) -> None:
-    """Keep other processes away, until this one ends in whatever way."""
+    """Keep every other `Run` away, until this one is left or its process ends in whatever way."""
     try:
         import fcntl
     except ImportError:  # Windows
         return
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not lockf, whose lock is gone once anything in the process has closed the same file.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise RuntimeError(
-            f"another process is at work on the run in {str(directory)!r}; end it, or write another "
-            "directory."
+            f"another process, or another Run in this one, is at work on the run in {str(directory)!r}; end "
+            "it, or write another directory."
         ) from None
     except OSError:  # a file system without locks
         pass

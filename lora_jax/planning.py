@@ -648,9 +648,12 @@ def _devices(topology: str | None) -> Sequence[Any]:
     found = re.fullmatch(r"([a-z]\w*):(\d+(?:x\d+)*)", topology)
     if not found:
         raise ValueError(f"the topology is {topology!r}; {_FORMS}.")
+    sizes = [int(size) for size in found[2].split("x")]
+    if 0 in sizes:  # of which the TPU library makes the process end
+        raise ValueError(f"the topology {topology!r} has no devices; {_FORMS}.")
     if found[1] != "cpu":
         return _tpus(topology)
-    count = math.prod(map(int, found[2].split("x")))
+    count = math.prod(sizes)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(

@@ -635,14 +635,23 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_one_before(tmp_path):
     assert ((tmp_path / "metrics.jsonl").read_bytes(), bits(run.state)) == unbroken("a function")
 
 
+def test_one_run_at_a_time_in_a_process_too(tmp_path):
+    with checkpoint.Run(tmp_path, make_state(), batch_of, steps=1):
+        (tmp_path / "run.json").read_text()  # which closes the same file
+        with pytest.raises(RuntimeError, match="another Run in this one, is at work"):
+            checkpoint.Run(tmp_path, make_state(), batch_of, steps=1).__enter__()
+
+
 def test_one_process_at_a_time(tmp_path):
     go(tmp_path, steps=1)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
+    code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)"
     command = [sys.executable, "-c", f"{code}; input()", str(tmp_path / "run.json")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(RuntimeError, match="another process is at work on the run in"):
+        with pytest.raises(
+            RuntimeError, match="another process, or another Run in this one, is at work on the run in"
+        ):
             go(tmp_path)
         other.communicate(b"\n")
     assert go(tmp_path).first == 1

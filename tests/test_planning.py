@@ -568,6 +568,7 @@ def test_a_mesh_of_its_own(kind):
 @pytest.mark.parametrize(
     "keywords, message",
     [
+        ({"topology": "v5e:2x0"}, "the topology 'v5e:2x0' has no devices"),
         ({"topology": "v5p-64"}, r"the topology is 'v5p-64'; write \"v5e:2x4\""),
         ({"topology": "cpu:9"}, r"needs 9 CPU devices, and there are 8. Write jax.config.update"),
         ({"mesh": {"fsdp": 3}}, r"the mesh fsdp 3 needs 3 devices, and cpu:8 has 8; .*mesh=\{'fsdp': 8\}"),
