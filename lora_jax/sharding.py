@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ def assigned(tree: Any, specs: Mapping[str, P], mesh: Mesh, others: bool = True)
 
 
 def _fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
-    sizes = [int(np.prod([mesh.shape[name] for name in _several(part)])) for part in spec]
+    sizes = [_count(mesh, part) for part in spec]
     return len(spec) <= len(shape) and all(n % size == 0 for n, size in zip(shape, sizes, strict=False))
 
 
@@ -158,14 +159,19 @@ def _filled(node: Any, **fields: Callable[[Any], NamedSharding]) -> Any:
     return node.replace(**{name: jax.tree.map(fn, getattr(node, name)) for name, fn in fields.items()})
 
 
+def _base(node: Any) -> Any:
+    """What stands for a leaf of the base: the weight, or the value that is trained in its place."""
+    return node.w if isinstance(node, LoraWeight) else node.value if isinstance(node, FullWeight) else node
+
+
 def _shape(node: Any) -> tuple[int, ...] | None:
     """The shape of a leaf of the base; None for what is no array."""
-    value = node.w if isinstance(node, LoraWeight) else node.value if isinstance(node, FullWeight) else node
+    value = _base(node)
     return tuple(value.shape) if hasattr(value, "shape") else None
 
 
 def _placed_on(mesh: Mesh, node: Any) -> P | None:
-    value = node.w if isinstance(node, LoraWeight) else node.value if isinstance(node, FullWeight) else node
+    value = _base(node)
     sharding = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
         return sharding.spec
@@ -254,13 +260,18 @@ def _several(part: Part) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
+def _count(mesh: Any, part: Part) -> int:
+    """Into how many pieces mesh axes divide an axis."""
+    return math.prod(mesh.shape[name] for name in _several(part))
+
+
 def _largest(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The default: the largest axis that divides is sharded over every mesh axis but `data`.
 
     Vectors are small, also where layers stack them, and are replicated.
     """
     names = tuple(name for name in mesh.axis_names if name != "data" and mesh.shape[name] > 1)
-    size = int(np.prod([mesh.shape[name] for name in names]))
+    size = _count(mesh, names)
     fitting = [i for i, n in enumerate(shape) if n and n % size == 0]
     if len(shape) < 2 or path.endswith(("scale", "bias")) or not names or not fitting:
         return P()
@@ -290,7 +301,7 @@ def _checked(path: str, spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
                 f"{path!r} is to be sharded by {spec}, and the mesh has no axis {unknown[0]!r}; it has "
                 f"{tuple(mesh.axis_names)}."
             )
-        size = int(np.prod([mesh.shape[name] for name in _several(part)]))
+        size = _count(mesh, part)
         if shape[i] % size:
             raise ValueError(
                 f"axis {i} of {path!r} has size {shape[i]}, which {part!r} of size {size} does not divide; "
@@ -351,7 +362,7 @@ def process_shard(mesh: Mesh, batch_spec: P | None = None) -> tuple[int, int]:
     """
     spec = checked_batch_spec(mesh, None, batch_spec)
     rows = NamedSharding(mesh, P(*spec[:1]))
-    shards = int(np.prod([mesh.shape[name] for name in _several(spec[0] if len(spec) else None)]))
+    shards = _count(mesh, spec[0] if len(spec) else None)
     held: dict[int, set[int]] = {}
     for device, (part,) in rows.devices_indices_map((shards,)).items():
         held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
@@ -419,7 +430,7 @@ def explicit_parts(x: Any) -> int:
     where = jax.typeof(x).sharding
     if AxisType.Explicit not in getattr(where.mesh, "axis_types", ()) or not len(where.spec):
         return 1
-    return int(np.prod([where.mesh.shape[name] for name in _several(where.spec[0])]))
+    return _count(where.mesh, where.spec[0])
 
 
 def laid_out(tree: Any, layout: tuple[Any, ...]) -> Any:
