@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,18 @@ import optax
 from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.extend.core import Literal
-from jax.extend.core import primitives as p
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import nnx
 from lora_jax import params as params_lib
 from lora_jax.hlo import Collective, collectives
-from lora_jax.rules.control import scan_parts
+from lora_jax.interpret import RefusedError
+from lora_jax.operations import bare_flops, flops
 from lora_jax.sharding import Rules, checked_batch_spec, put, put_part
-from lora_jax.train import TrainState, make_train_step, shardings
-from lora_jax.tree import Pattern, leaves_with_path, map_with_path
-from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf
+from lora_jax.train import TrainState, make_train_step, shardings, take_apart
+from lora_jax.tree import Pattern, map_with_path, nearest
+from lora_jax.weight import FullWeight
 
 # --- What a plan says -----------------------------------------------------------------------------
 
@@ -154,10 +154,11 @@ def plan(
         loss_fn: As for `make_train_step`.
         params: The base, of arrays or of `jax.ShapeDtypeStruct`; for a model that is not made yet,
             `jax.eval_shape(init, key)`.
-        batch: The whole batch of a step, over all devices; arrays or `jax.ShapeDtypeStruct`.
+        batch: The whole batch of a step, over all devices; arrays, `jax.ShapeDtypeStruct` or numbers.
         rank: As for `wrap`.
         tx: The optax transformation.
-        topology: "v5e:2x4", "v5p:4x4x4", "v6e:4x4" and the like; "cpu:8"; None for the local devices.
+        topology: "v5e:2x4", "v5p:4x4x4", "v6e:4x4" and the like; "cpu:8"; None for the local devices,
+            which may be GPUs.
         mesh: The size of every mesh axis in order, {"fsdp": 16, "tensor": 4}, of which one may be -1, for
             the rest; by default one axis "fsdp" of all devices. A `jax.sharding.Mesh` also does, without a
             topology.
@@ -178,6 +179,9 @@ def plan(
         ModuleNotFoundError: the topology is a TPU's and `libtpu` is not installed.
         ValueError: the topology is not known; the mesh does not have its number of devices; the batch
             does not divide; too few CPU devices.
+        TypeError: an argument of the wrong kind, or of a name that neither `plan` nor `wrap` has.
+        RefusedError: what the model does with an adapted weight has no low-rank form, as for
+            `lora_jax.lora`.
 
     >>> def loss_fn(params, batch, key):
     ...     return jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2)
@@ -188,22 +192,28 @@ def plan(
     >>> found.trained, found.memory.base, found.flops.floor
     (3072, 262148, 16777216)
     """
+    _check_names(wrap)
     on = _mesh(topology, mesh)
-    params, batch = _abstract(params), _batch_on(on, _abstract(batch), rules, batch_spec)
+    params, batch = _abstract(params), _batch_on(on, batch, rules, batch_spec)
+    place: dict[str, Any] = {"mesh": on, "rules": rules, "batch_spec": batch_spec}
     options: dict[str, Any] = {"accumulate": accumulate, "densify": densify}
-    step = make_train_step(loss_fn, tx, mesh=on, rules=rules, batch_spec=batch_spec, **options)
-    state = _state(lambda tree: params_lib.wrap(tree, rank, **wrap), params, tx, on, rules)
-    with jax.set_mesh(on):
-        # Without a mesh of its own, since a step that is being traced cannot set one.
-        operations = flops(make_train_step(loss_fn, tx, **options), state, batch)
-        floor, ceiling, recomputes = _bare_flops(loss_fn, params, state, batch, accumulate)
+    step = make_train_step(loss_fn, tx, **place, **options)
+    with _named_as_plans():
+        state = _state(lambda tree: params_lib.wrap(tree, rank, **wrap), params, tx, on, rules)
+        with jax.set_mesh(on):
+            # Without a mesh of its own, since a step that is being traced cannot set one.
+            operations = flops(make_train_step(loss_fn, tx, **options), state, batch)
+            floor, ceiling, recomputes = bare_flops(loss_fn, params, state.trainable, batch, accumulate)
 
     compiled = _compile(step, state, batch)
     memory = _states(state, batch, compiled.peak)
     limit = compiled.limit or _limit(on.devices.flat[0])
     fits = False if compiled.refusal else None if limit is None else compiled.peak <= limit
     everything = _state(_trained_in_full, params, tx, on, rules)
-    full = _states(everything, batch, _compile(step, everything, batch).peak if compile_full else None)
+    peak = None
+    if compile_full:  # in which there is nothing to densify
+        peak = _compile(make_train_step(loss_fn, tx, **place, accumulate=accumulate), everything, batch).peak
+    full = _states(everything, batch, peak)
     return Plan(
         topology=topology or "local",
         device=on.devices.flat[0].device_kind,
@@ -222,6 +232,32 @@ def plan(
     )
 
 
+# --- What is given --------------------------------------------------------------------------------
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raise for a keyword that `wrap` does not have, as a misspelt one of plan's own."""
+    names = inspect.signature(params_lib.wrap).parameters
+    known = [name for name in {**inspect.signature(plan).parameters, **names} if name != "wrap"]
+    for name in given:
+        if name not in names:
+            raise TypeError(f"plan has no argument {name!r}; the nearest is {nearest(name, known, 1)[0]!r}.")
+
+
+@contextlib.contextmanager
+def _named_as_plans() -> Iterator[None]:
+    """Where an error says what to write in wrap(...) or lora(...), say that plan takes it itself."""
+    try:
+        yield
+    except (RefusedError, TypeError, ValueError) as error:
+        text = str(error)
+        names = [*inspect.signature(params_lib.wrap).parameters, "densify"]
+        meant = [f"lora_jax.plan(..., {name}=...)" for name in names if re.search(rf"\b{name}=", text)]
+        if meant and re.search(r"\b(wrap|lora)\(", text):
+            error.add_note(f"plan takes this itself: {' or '.join(meant)}.")
+        raise
+
+
 # --- States and shards ----------------------------------------------------------------------------
 
 
@@ -237,20 +273,6 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, tree)
 
 
-def _parted(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of a tree, and the function that puts others in their place; what is no array stays."""
-    leaves, treedef = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if _is_array(x)]
-
-    def join(arrays: Sequence[Any]) -> Any:
-        new = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
-            new[i] = x
-        return treedef.unflatten(new)
-
-    return [leaves[i] for i in places], join
-
-
 def _count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if _is_float(x))
 
@@ -259,16 +281,16 @@ def _state(
     wrap: Callable[[Any], Any], params: Any, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules
 ) -> TrainState:
     """The abstract state of a run, every array with its sharding."""
-    arrays, join = _parted(params)
-    joins = []
+    rest, arrays = take_apart(params)
+    rests = []
 
     def create(arrays: Sequence[Any]) -> list[Any]:
-        made, join_state = _parted(TrainState.create(wrap(join(arrays)), tx, jax.random.key(0)))
-        joins.append(join_state)
+        static, made = take_apart(TrainState.create(wrap(rest.join(arrays)), tx, jax.random.key(0)))
+        rests.append(static)
         return made
 
     shapes = jax.eval_shape(create, arrays)
-    state = joins[-1](shapes)
+    state = rests[-1].join(shapes)
     return jax.tree.map(put, state, shardings(state, mesh, rules))
 
 
@@ -282,18 +304,22 @@ def _trained_in_full(params: Any) -> Any:
 
 
 def _batch_on(mesh: Mesh, batch: Any, rules: Rules, spec: P | None) -> Any:
+    """The abstract batch, every array with its sharding."""
     spec = checked_batch_spec(mesh, rules, spec)
 
     def leaf(path: str, x: Any) -> Any:
-        placed = put_part(path, x, mesh, spec)
-        try:
-            placed.sharding.shard_shape(x.shape)
-        except ValueError:
-            raise ValueError(
-                f"the batch's {path or 'array'!r} has shape {x.shape}, which does not divide over the mesh "
-                f"{dict(mesh.shape)} by {spec}; write a batch size that does, or another batch_spec."
-            ) from None
-        return placed
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            try:
+                kind = jax.typeof(x)  # of a number too, which the step takes as an array
+            except TypeError:
+                raise TypeError(
+                    f"the batch's {path or 'leaf'!r} is {x!r}; write an array, a jax.ShapeDtypeStruct or a "
+                    "number there, and give loss_fn what is none of these in another way."
+                ) from None
+            where = getattr(x, "sharding", None)
+            where = where if isinstance(where, NamedSharding) else None
+            x = jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=where, weak_type=kind.weak_type)
+        return put_part(path, x, mesh, spec)
 
     return map_with_path(leaf, batch)
 
@@ -408,8 +434,11 @@ def _advice(
             "remat: the model recomputes nothing in its backward pass; put jax.checkpoint (nn.remat, "
             "nnx.remat) around each layer."
         )
-    leaf = max(jax.tree.leaves(batch), key=lambda x: len(x.shape))
-    examples, shards = leaf.shape[0], leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
+    leaf = max(jax.tree.leaves(batch), key=lambda x: len(x.shape), default=None)
+    if leaf is None or not leaf.shape:
+        examples, shards = 1, 1  # nothing that could be less
+    else:
+        examples, shards = leaf.shape[0], leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
     most = examples // accumulate * left // needed
     if sizes := [n for n in range(shards, most + 1, shards) if examples % n == 0]:
         # A part of what counts as activations, gathered weights for instance, does not grow with the batch.
@@ -425,198 +454,16 @@ def _advice(
     return tuple(lines)
 
 
-# --- Operations -----------------------------------------------------------------------------------
-
-
-def flops(fn: Callable[..., Any], *args: Any) -> int:
-    """The floating-point operations of a function's products: two for each multiplication and addition.
-
-    Counted on the traced program are dot_general, convolution (the positions that padding or dilation
-    leave empty are not), ragged_dot, and what a Pallas kernel estimates of itself; nothing elementwise.
-    A scan's body counts once for each of its steps, where XLA's cost analysis counts it once; a while
-    loop, whose steps are not known, once; of a cond the costliest branch; a shard_map's body once for
-    each shard. What no result depends on is not counted.
-
-    Args:
-        fn: Any function that JAX can trace.
-        *args: Its arguments; arrays may be abstract.
-
-    >>> x, w = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((6, 16, 16), jnp.float32)
-    >>> flops(lambda w, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], w, x)
-    24576
-    """
-    arrays, join = _parted(args)
-    jaxpr = jax.make_jaxpr(lambda arrays: _parted(fn(*join(arrays)))[0])(arrays)
-    return _walk(jaxpr, [_NEEDED] * len(jaxpr.out_avals), {})[0]
-
-
-def _bare_flops(
-    loss_fn: Any, params: Any, state: TrainState, batch: Any, accumulate: int
-) -> tuple[int, int, bool]:
-    """The operations of the floor and of full fine-tuning; and whether the model recomputes anything."""
-    tree, close = nnx.opened(params)
-    arrays, join = _parted(tree)
-    floats = [i for i, x in enumerate(arrays) if _is_float(x)]
-
-    def loss(trained: Sequence[Any], arrays: Sequence[Any], batch: Any) -> Any:
-        arrays = list(arrays)
-        for i, x in zip(floats, trained, strict=True):
-            arrays[i] = x
-        out = loss_fn(close(join(arrays)), batch, jax.random.key(0))
-        return out if isinstance(out, tuple) else (out, ())
-
-    if accumulate > 1:
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[0] // accumulate, *x.shape[1:]), x.dtype), batch
-        )
-    gradients = jax.value_and_grad(loss, has_aux=True)
-    jaxpr = jax.make_jaxpr(gradients)([arrays[i] for i in floats], arrays, batch)
-
-    kinds = {
-        node.path: _GRADIENT if isinstance(node, LoraWeight) else _NEEDED
-        for _, node in leaves_with_path(state.trainable, is_wrapped_leaf)
-        if is_wrapped_leaf(node)
-    }
-    paths = [path for path, x in leaves_with_path(tree) if _is_array(x)]
-    values = [_NEEDED] * (len(jaxpr.out_avals) - len(floats))
-    floor, *_ = _walk(jaxpr, values + [kinds.get(paths[i], _DEAD) for i in floats], {})
-    full, *_ = _walk(jaxpr, values + [_NEEDED] * len(floats), {})
-    return accumulate * floor, accumulate * full, _recomputes(jaxpr)
-
-
-# What a value is for: nothing; a gradient that is not counted, and reaches it through no further
-# product; or anything else. The larger one counts where there are several.
-_DEAD, _GRADIENT, _NEEDED = 0, 1, 2
-
-
-def _walk(jaxpr: Any, wanted: Sequence[int], seen: dict[Any, Any]) -> tuple[int, list[int]]:
-    """The operations of the products that are needed, and what each input is for."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    key = (id(jaxpr), tuple(wanted))
-    if key not in seen:
-        uses: dict[Any, int] = {}
-
-        def use(variables: Iterable[Any], kinds: Iterable[int]) -> None:
-            for variable, kind in zip(variables, kinds, strict=True):
-                if not isinstance(variable, Literal):
-                    uses[variable] = max(uses.get(variable, _DEAD), kind)
-
-        use(jaxpr.outvars, wanted)
-        total = 0
-        for eqn in reversed(jaxpr.eqns):
-            outs = [uses.get(variable, _DEAD) for variable in eqn.outvars]
-            if any(outs) or eqn.effects:
-                count, ins = _equation(eqn, outs, seen)
-                total += count
-                use(eqn.invars, ins)
-        seen[key] = total, [uses.get(variable, _DEAD) for variable in jaxpr.invars]
-    return seen[key]
-
-
-def _equation(eqn: Any, outs: list[int], seen: dict[Any, Any]) -> tuple[int, list[int]]:
-    params, inputs = eqn.params, len(eqn.invars)
-    product = _PRODUCTS.get(eqn.primitive.name)
-    if product is not None:
-        return product(eqn) if max(outs) == _NEEDED else 0, [_NEEDED] * inputs
-    if eqn.primitive is p.scan_p:
-        consts, carry = scan_parts(params)
-        total, ins = _loop(params["jaxpr"], outs, consts, carry, seen)
-        return params["length"] * total, ins
-    if eqn.primitive is p.while_p:
-        first, second = params["cond_nconsts"], params["body_nconsts"]
-        test, test_ins = _walk(params["cond_jaxpr"], [_NEEDED], seen)
-        outs = list(map(max, outs, test_ins[first:]))
-        total, ins = _loop(params["body_jaxpr"], outs, second, len(outs), seen)
-        return test + total, test_ins[:first] + ins
-    if eqn.primitive is p.cond_p:
-        counts, uses = zip(*(_walk(branch, outs, seen) for branch in params["branches"]), strict=True)
-        return max(counts), [_NEEDED, *map(max, *uses, [_DEAD] * (inputs - 1))]
-    inner = next((params[name] for name in ("jaxpr", "call_jaxpr") if name in params), None)
-    if inner is None:
-        return 0, [_NEEDED if eqn.effects else max(outs)] * inputs
-    shards = 1
-    if eqn.primitive.name == "shard_map":
-        shards = math.prod(params["mesh"].shape[name] for name in params["newly_manual_axes"])
-    total, ins = _walk(inner, outs, seen)
-    return shards * total, ins
-
-
-def _loop(body: Any, outs: list[int], consts: int, carry: int, seen: dict[Any, Any]) -> tuple[int, list[int]]:
-    """A body whose first results are carried into its next step."""
-    while True:
-        total, ins = _walk(body, outs, seen)
-        carried = list(map(max, outs[:carry], ins[consts : consts + carry]))
-        if carried == outs[:carry]:
-            return total, ins
-        outs = carried + outs[carry:]
-
-
-def _dot(eqn: Any) -> int:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return _product(eqn, contracted)
-
-
-def _ragged_dot(eqn: Any) -> int:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contracted, _), _ = numbers.dot_dimension_numbers
-    # Where the ragged axis is contracted, every group has a result of its own, of its part of the axis.
-    groups = eqn.outvars[0].aval.shape[0] if set(numbers.lhs_ragged_dimensions) & set(contracted) else 1
-    return _product(eqn, contracted) // max(groups, 1)
-
-
-def _product(eqn: Any, contracted: Sequence[int]) -> int:
-    shape = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-
-
-def _convolution(eqn: Any) -> int:
-    params = eqn.params
-    numbers = params["dimension_numbers"]
-    left, right = (variable.aval.shape for variable in eqn.invars)
-    out = eqn.outvars[0].aval.shape
-    total = 2 * math.prod(out[i] for i in numbers.out_spec[:2]) * right[numbers.rhs_spec[1]]
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    windows = zip(*(params[name] for name in names), strict=True)
-    specs = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
-    spatial = zip(*(spec[2:] for spec in specs), strict=True)
-    for (i, j, k), (stride, (low, _), spread, dilation) in zip(spatial, windows, strict=True):
-        at = np.arange(out[k])[:, None] * stride - low + np.arange(right[j]) * dilation
-        total *= int(np.sum((at >= 0) & (at <= (left[i] - 1) * spread) & (at % spread == 0)))
-    return total
-
-
-def _kernel(eqn: Any) -> int:
-    return getattr(eqn.params.get("cost_estimate"), "flops", 0)
-
-
-_PRODUCTS: dict[str, Callable[[Any], int]] = {
-    "dot_general": _dot,
-    "ragged_dot_general": _ragged_dot,
-    "conv_general_dilated": _convolution,
-    "pallas_call": _kernel,
-}
-
-
-def _recomputes(jaxpr: Any) -> bool:
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive is p.remat_p:
-            return True
-        for param in eqn.params.values():
-            inner = param if isinstance(param, (tuple, list)) else [param]
-            if any(hasattr(getattr(x, "jaxpr", x), "eqns") and _recomputes(x) for x in inner):
-                return True
-    return False
-
-
 # --- Topologies -----------------------------------------------------------------------------------
 
 
 _FORMS = (
-    'write "v5e:2x4", "v5p:4x4x4" or "v6e:4x4" for a slice of TPUs, "cpu:8", or None for the local devices'
+    'write "v5e:2x4", "v5p:4x4x4" or "v6e:4x4" for a slice of TPUs, "cpu:8" for so many CPU devices, or '
+    "leave it out for the local devices"
 )
 
 
-def _mesh(topology: str | None, mesh: Mapping[str, int] | Mesh | None) -> Mesh:
+def _mesh(topology: Any, mesh: Any) -> Mesh:
     if isinstance(mesh, Mesh):
         if topology is not None:
             raise ValueError(
@@ -624,8 +471,8 @@ def _mesh(topology: str | None, mesh: Mapping[str, int] | Mesh | None) -> Mesh:
                 f"mesh={dict(mesh.shape)}, or leave the topology out."
             )
         return mesh
+    sizes = {"fsdp": -1} if mesh is None else _sizes(mesh)
     devices = _devices(topology)
-    sizes = {"fsdp": -1} if mesh is None else dict(mesh)
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1:
         raise ValueError(f"the mesh {sizes} has several axes of size -1, and only one can be the rest.")
@@ -642,17 +489,44 @@ def _mesh(topology: str | None, mesh: Mapping[str, int] | Mesh | None) -> Mesh:
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _devices(topology: str | None) -> Sequence[Any]:
+def _sizes(mesh: Any) -> dict[str, int]:
+    if not isinstance(mesh, Mapping) or not mesh or not all(isinstance(name, str) for name in mesh):
+        example = {mesh: -1} if isinstance(mesh, str) and mesh else {"fsdp": mesh if _is_size(mesh) else -1}
+        raise TypeError(
+            f"mesh is {mesh!r}; write the size of every axis by its name, such as mesh={example}, with -1 "
+            "for the rest of the devices, or give a jax.sharding.Mesh."
+        )
+    for name, size in mesh.items():
+        if not _is_size(size):
+            raise ValueError(
+                f"the mesh axis {name!r} has the size {size!r}; write how many devices it has, or -1 for the "
+                f"rest: mesh={{{name!r}: -1}}."
+            )
+    return {name: int(size) for name, size in mesh.items()}
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(x >= 1 or x == -1)
+
+
+def _devices(topology: Any) -> Sequence[Any]:
     if topology is None:
         return jax.devices()
+    if not isinstance(topology, str):
+        raise TypeError(f"the topology is {topology!r}; {_FORMS}.")
     found = re.fullmatch(r"([a-z]\w*):(\d+(?:x\d+)*)", topology)
     if not found:
         raise ValueError(f"the topology is {topology!r}; {_FORMS}.")
     sizes = [int(size) for size in found[2].split("x")]
     if 0 in sizes:  # of which the TPU library makes the process end
         raise ValueError(f"the topology {topology!r} has no devices; {_FORMS}.")
-    if found[1] != "cpu":
+    if re.fullmatch(r"v\d\w*|tpu\w*", found[1]):
         return _tpus(topology)
+    if found[1] != "cpu":
+        raise ValueError(
+            f"the topology {topology!r} is none that is served: elsewhere than where it runs, plan compiles "
+            f"for slices of TPUs and for CPUs only. For a GPU run it on a machine with one. Or {_FORMS}."
+        )
     count = math.prod(sizes)
     devices = jax.devices("cpu")
     if len(devices) < count:

@@ -323,8 +323,13 @@ def checked_batch_spec(mesh: Mesh, rules: Rules, given: P | None) -> P:
     """How a batch's leading axes are sharded: as given, or by the names of the mesh's axes."""
     check_mesh(mesh)
     if given is not None:
-        names = [name for part in given for name in _several(part)] if isinstance(given, P) else [given]
-        if not set(map(str, names)) <= set(mesh.axis_names):
+        if not isinstance(given, P):
+            example = given if isinstance(given, str) else mesh.axis_names[0]
+            raise TypeError(
+                f"batch_spec is {given!r}; write one PartitionSpec for all arrays of a batch, such as "
+                f"batch_spec=jax.sharding.PartitionSpec({example!r})."
+            )
+        if not {name for part in given for name in _several(part)} <= set(mesh.axis_names):
             raise ValueError(
                 f"batch_spec is {given!r}; write one PartitionSpec for all arrays of a batch, of the mesh's "
                 f"axes {tuple(mesh.axis_names)}."
@@ -389,7 +394,7 @@ def put(x: Any, where: NamedSharding) -> Any:
 
 
 def put_part(path: str, x: Any, mesh: Mesh, spec: P) -> Any:
-    """One array of a batch on the mesh; in a run of several processes x is this process's part."""
+    """One array of a batch on the mesh, or an abstract one; of several processes x is this one's part."""
     if isinstance(x, Tracer) or isinstance(x, jax.Array) and not x.is_fully_addressable:
         return x
     there = getattr(x, "sharding", None)
@@ -397,18 +402,21 @@ def put_part(path: str, x: Any, mesh: Mesh, spec: P) -> Any:
         return x
     shape = np.shape(x)
     where = NamedSharding(mesh, P(*spec[: len(shape)]))
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
-    if jax.process_count() > 1:
+    abstract = isinstance(x, jax.ShapeDtypeStruct)
+    if jax.process_count() > 1 and not abstract:
         return jax.make_array_from_process_local_data(where, np.asarray(x))
     try:
-        return jax.device_put(x, where)
+        where.shard_shape(shape)
     except ValueError as error:
+        line = "jax.device_put(x, NamedSharding(mesh, P()))"
+        if abstract:
+            line = "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))"
         raise ValueError(
             f"the batch's {path or 'array'!r} has shape {shape}, which does not divide over the mesh "
             f"{dict(mesh.shape)} by {where.spec}; write a batch size that does, or another batch_spec. "
-            "What is not by example put on the mesh yourself: jax.device_put(x, NamedSharding(mesh, P()))."
+            f"What is not by example put on the mesh yourself: {line}."
         ) from error
+    return x.update(sharding=where) if abstract else jax.device_put(x, where)
 
 
 def layout_of(tree: Any) -> tuple[Any, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -71,11 +72,7 @@ class TrainState:
             jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
         ):
             raise TypeError(f"key is {_show(key)}; write a PRNG key, for instance jax.random.key(0).")
-        if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(
-                f"tx is {_show(tx)}; write an optax transformation, such as optax.adamw(1e-4), or of "
-                "optax.MultiSteps its .gradient_transformation()."
-            )
+        _check_optimizer(tx)
         params_lib.require_wrapped(nnx.opened(wrapped)[0], "TrainState.create")
         trainable, frozen = params_lib.partition(wrapped)
         trainable = jax.tree.map(_own, trainable)
@@ -204,11 +201,11 @@ def sharded_init(fn: Callable[..., Any], mesh: Mesh, rules: sharding.Rules = Non
     """
 
     def init(*args: Any) -> Any:
-        rest: list[_Static] = []
+        rest: list[Static] = []
 
         def arrays(*args: Any) -> list[Any]:
             out = fn(*args)
-            static, found = _take_apart(nnx.split(out) if nnx.is_module(out) else out)
+            static, found = take_apart(nnx.split(out) if nnx.is_module(out) else out)
             rest[:] = [static]
             return found
 
@@ -285,8 +282,8 @@ def make_train_step(
     Raises:
         ValueError: `accumulate` is no integer of at least 1; `batch_spec` is needed; when the step is
             called, the batch does not divide.
-        TypeError: when the step is called, `loss_fn` does not return a scalar float loss, alone or with
-            a dict.
+        TypeError: `loss_fn` does not take these three arguments; `tx` is no optax transformation; when
+            the step is called, `loss_fn` does not return a scalar float loss, alone or with a dict.
 
     >>> import lora_jax
     >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((8, 4))}, rank=2, targets="kernel")
@@ -302,6 +299,8 @@ def make_train_step(
     """
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ValueError(f"accumulate is {accumulate!r}; write the number of microbatches, 1 or more.")
+    _check_loss_fn(loss_fn)
+    _check_optimizer(tx)
     optimizer = optax.with_extra_args_support(tx)
     place = _placer(mesh, rules, batch_spec)
 
@@ -317,7 +316,7 @@ def make_train_step(
     # The frozen half comes as its leaves: arrays, and apart from them what is no array (numbers and
     # functions in an Equinox module), which must reach the model as it is.
     def one_step(
-        rest: _Static,
+        rest: Static,
         layout: tuple[Any, ...],
         trainable: Any,
         opt_state: Any,
@@ -357,12 +356,11 @@ def make_train_step(
                 f"the step was given a {type(state).__name__} as its state; write "
                 "state = lora_jax.TrainState.create(wrapped, tx, key), then step(state, batch)."
             )
-        state, batch = place(state, batch)
-        rest, arrays = _take_apart(state.frozen)
+        state, batch, (*layout, step) = place(state, batch)
+        rest, arrays = take_apart(state.frozen)
         parts = (state.trainable, state.opt_state)
-        layout = tuple(map(sharding.layout_of, parts))
-        compiled = jitted(*layout, sharding.layout_of(state.step)[0])
-        return state, compiled, (rest, layout, *parts, arrays, state.step, state.key, batch)
+        compiled = jitted(*layout, step[0])
+        return state, compiled, (rest, tuple(layout), *parts, arrays, state.step, state.key, batch)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         if mesh is not None and any(isinstance(x, Tracer) for x in jax.tree.leaves((state, batch))):
@@ -428,18 +426,19 @@ def make_eval_step(
     >>> float(metrics["loss"]), float(metrics["examples"])
     (64.0, 16.0)
     """
+    _check_loss_fn(loss_fn)
     place = _placer(mesh, rules, batch_spec)
 
     @functools.partial(jax.jit, static_argnums=(0,))
-    def compiled(rest: _Static, trainable: Any, arrays: Any, batch: Any) -> Metrics:
+    def compiled(rest: Static, trainable: Any, arrays: Any, batch: Any) -> Metrics:
         params = params_lib.combine(trainable, rest.join(arrays))
         loss, aux = _check_loss(lora(loss_fn, densify=densify)(params, batch, None), loss_fn)
         return {"loss": loss, **aux}
 
     def evaluate(state: TrainState, batch: Any) -> Metrics:
         with _on(mesh):
-            state, batch = place(state, batch)
-            rest, arrays = _take_apart(state.frozen)
+            state, batch, _ = place(state, batch)
+            rest, arrays = take_apart(state.frozen)
             metrics = compiled(rest, state.trainable, arrays, batch)
         _send(metrics)
         return metrics
@@ -459,34 +458,48 @@ def _send(metrics: Metrics) -> None:
 
 
 def _placer(mesh: Mesh | None, rules: sharding.Rules, batch_spec: P | None) -> Callable[..., Any]:
-    """A function of a state and a batch that puts both where they belong."""
+    """A function of a state and a batch that puts both where they belong, and says how the state lies."""
     if mesh is None:
         for name, value in (("rules", rules), ("batch_spec", batch_spec)):
             if value is not None:
                 raise ValueError(f"{name} says how arrays lie on a mesh; give mesh= as well.")
-        return lambda state, batch: (_placed_with(state, batch), batch)
+
+        def follow(state: TrainState, batch: Any) -> tuple[TrainState, Any, Any]:
+            state = _placed_with(state, batch)
+            return state, batch, _changing_layout(state)
+
+        return follow
     spec = sharding.checked_batch_spec(mesh, rules, batch_spec)
 
     known = set()  # the layouts that are those which the rules give
 
-    def place(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        layout = sharding.layout_of(state)
-        if layout not in known:
+    def place(state: TrainState, batch: Any) -> tuple[TrainState, Any, Any]:
+        layout = _changing_layout(state)
+        rest = sharding.layout_of((state.frozen, state.key))
+        if (layout, rest) not in known:
             state = jax.tree.map(sharding.put, state, shardings(state, mesh, rules))
-            known.add(sharding.layout_of(state))
-        return state, map_with_path(lambda path, x: sharding.put_part(path, x, mesh, spec), batch)
+            layout = _changing_layout(state)
+            known.add((layout, sharding.layout_of((state.frozen, state.key))))
+        batch = map_with_path(lambda path, x: sharding.put_part(path, x, mesh, spec), batch)
+        return state, batch, layout
 
     return place
 
 
-class _Static(NamedTuple):
+def _changing_layout(state: TrainState) -> tuple[tuple[Any, ...], ...]:
+    """How the three parts of a state lie that a step makes anew."""
+    return tuple(map(sharding.layout_of, (state.trainable, state.opt_state, state.step)))
+
+
+class Static(NamedTuple):
     """A tree without its arrays: hashable, so that jit knows it again."""
 
     treedef: Any
     kinds: tuple[Any, ...]  # 1 == 1.0 == True, and they are three different leaves
     leaves: tuple[Any, ...]
 
-    def join(self, arrays: list[Any]) -> Any:
+    def join(self, arrays: Iterable[Any]) -> Any:
+        """The tree with these arrays in the places of its own."""
         remaining = iter(arrays)
         return self.treedef.unflatten(
             next(remaining) if kind is jax.Array else leaf
@@ -494,7 +507,13 @@ class _Static(NamedTuple):
         )
 
 
-def _take_apart(tree: Any) -> tuple[_Static, list[Any]]:
+def take_apart(tree: Any) -> tuple[Static, list[Any]]:
+    """A tree without its arrays, whose `join` makes it whole again, and the arrays, abstract ones too.
+
+    >>> rest, arrays = take_apart({"kernel": jnp.ones(2), "activation": jnp.tanh})
+    >>> len(arrays), rest.join([3.0])["kernel"]
+    (1, 3.0)
+    """
     leaves, treedef = jax.tree.flatten(tree)
     arrays, kinds = [], []
     for i, leaf in enumerate(leaves):
@@ -504,7 +523,7 @@ def _take_apart(tree: Any) -> tuple[_Static, list[Any]]:
             leaves[i] = None
         else:
             kinds.append(type(leaf))
-    return _Static(treedef, tuple(kinds), tuple(leaves)), arrays
+    return Static(treedef, tuple(kinds), tuple(leaves)), arrays
 
 
 def _mutated(params: Any, frozen: Any) -> dict[str, Any]:
@@ -607,6 +626,33 @@ def _batch_size(batch: Any, count: int) -> int:
             "write a batch size that is a multiple of it."
         )
     return size
+
+
+def _check_loss_fn(loss_fn: Any) -> None:
+    """Raise unless it takes params, batch and key, as far as its signature tells."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is {_show(loss_fn)}; write a function loss_fn(params, batch, key).")
+    try:
+        # What a decorator wraps does not count: it may take other arguments than the decorator gives it.
+        signature = inspect.signature(loss_fn, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind("params", "batch", "key")
+    except TypeError:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(
+            f"loss_fn is called as {name}(params, batch, key), and takes {signature}; give it these three "
+            "arguments, also where it does not use the key."
+        ) from None
+
+
+def _check_optimizer(tx: Any) -> None:
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx is {_show(tx)}; write an optax transformation, such as optax.adamw(1e-4), or of "
+            "optax.MultiSteps its .gradient_transformation()."
+        )
 
 
 def _check_loss(out: Any, loss_fn: Any, weight: str | None = None) -> tuple[Any, dict[str, Any]]:

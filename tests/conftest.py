@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 
@@ -7,8 +8,31 @@ gc.set_threshold(100_000, 20, 20)
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
+import jax.monitoring  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the tests' time. What XLA's optimizations could change, test_types checks with them.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def compilations():
+    """`with compilations() as events`: what the backend compiles; of another stage, or "" for all of them."""
+
+    @contextlib.contextmanager
+    def counted(stage="backend_compile"):
+        events = []
+
+        def listen(event, duration_secs, **_):
+            if event.startswith(f"/jax/core/compile/{stage}"):
+                events.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield events
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counted

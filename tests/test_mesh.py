@@ -1,6 +1,5 @@
 """One train step on any mesh: the curve of a single device, shardings and where they come from."""
 
-import contextlib
 from collections.abc import Callable
 
 import equinox as eqx
@@ -325,33 +324,18 @@ BATCH = {
 }
 
 
-@contextlib.contextmanager
-def compiles_nothing():
-    events = []
-
-    def listen(event, *args, **kwargs):
-        if "compile" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert not events
-
-
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
-def test_arrays_stay_where_they_are_and_the_second_step_compiles_nothing(sizes):
+def test_arrays_stay_where_they_are_and_the_second_step_compiles_nothing(sizes, compilations):
     mesh = mesh_of(*sizes)
     rules = {"up/kernel": P("fsdp", "tensor")}
     state, step = make(mesh, rules=rules)
     expected = jax.tree.leaves(lora_jax.shardings(state, mesh, rules))
     state, _ = step(state, BATCH)
     frozen = jax.tree.leaves(state.frozen)
-    with compiles_nothing():
+    with compilations("") as events:
         state, metrics = step(state, BATCH)
         assert float(metrics["loss"]) > 0
+    assert not events
     for x, where in zip(jax.tree.leaves(state), expected, strict=True):
         assert x.sharding == where
     assert all(a is b for a, b in zip(frozen, jax.tree.leaves(state.frozen), strict=True))
@@ -374,7 +358,7 @@ class Normed(nnx.Module):
         return self.norm(self.up(x))
 
 
-def test_statistics_of_a_module_stay_where_they_are():
+def test_statistics_of_a_module_stay_where_they_are(compilations):
     mesh, tx = mesh_of(1, 4, 2), optax.sgd(1e-2)
     rules = {"up/kernel": P("fsdp", "tensor")}
 
@@ -388,8 +372,9 @@ def test_statistics_of_a_module_stay_where_they_are():
     before = [x.sharding for x in jax.tree.leaves(state.frozen)]
     mean = np.asarray(module.norm.mean[...])
     state, _ = step(state, BATCH)
-    with compiles_nothing():
+    with compilations("") as events:
         state, _ = step(state, BATCH)
+    assert not events
     assert [x.sharding for x in jax.tree.leaves(state.frozen)] == before
     assert np.abs(state.wrapped.norm.mean[...] - mean).max() > 0
 
@@ -463,6 +448,11 @@ MIXED = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,
         ({"mesh": 8}, TypeError, "mesh is 8; write jax.make_mesh"),
         ({"mesh": MIXED}, ValueError, r"make it of one kind: jax.make_mesh\(\(2, 4\), \('data', 'tensor'\)"),
         ({"mesh": mesh_of(8), "batch_spec": P("x")}, ValueError, r"batch_spec is .*'x'.*\('data',\)"),
+        (
+            {"mesh": mesh_of(8), "batch_spec": "data"},
+            TypeError,
+            r"batch_spec is 'data'; .*batch_spec=jax.sharding.PartitionSpec\('data'\)",
+        ),
     ],
 )
 def test_arguments_about_the_mesh_are_checked(options, error, message):
@@ -481,8 +471,11 @@ def test_a_mesh_with_names_of_its_own_needs_the_batchs_spec():
 
 def test_a_batch_that_does_not_divide_is_refused_by_name():
     state, step = make(mesh_of(8))
-    with pytest.raises(ValueError, match=r"the batch's 'x' has shape \(3, 16\).*'data': 8"):
-        step(state, {k: v[:3] for k, v in BATCH.items()})
+    few = {k: v[:3] for k, v in BATCH.items()}
+    with pytest.raises(ValueError, match=r"the batch's 'x' has shape \(3, 16\).*'data': 8.*device_put\(x"):
+        step(state, few)
+    with pytest.raises(ValueError, match=r"the batch's 'x' has shape \(3, 16\).*'data': 8.*ShapeDtypeStruct"):
+        step.lower(state, jax.eval_shape(lambda x: x, few))
 
 
 def test_a_weight_must_be_among_the_auxiliary_values():

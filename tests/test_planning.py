@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from jax.sharding import PartitionSpec as P
 from experiments.plan import models, run
 from lora_jax import planning
 from lora_jax.hlo import Collective, collective_ops, collectives
-from lora_jax.planning import flops, plan
+from lora_jax.interpret import RefusedError
+from lora_jax.operations import flops
+from lora_jax.planning import plan
 
 GIB = 2**30
 
@@ -568,7 +571,31 @@ def test_a_mesh_of_its_own(kind):
 @pytest.mark.parametrize(
     "keywords, message",
     [
+        ({"topology": 5}, r"the topology is 5; write \"v5e:2x4\".*\"cpu:8\".*or leave it out"),
+        ({"mesh": 8}, r"mesh is 8; .*mesh=\{'fsdp': 8\}"),
+        ({"mesh": "data"}, r"mesh is 'data'; .*mesh=\{'data': -1\}"),
+        ({"mesh": (2, 4)}, r"mesh is \(2, 4\); .*mesh=\{'fsdp': -1\}"),
+        ({"mesh": {}}, r"mesh is \{\}; "),
+        ({"tx": None}, "tx is NoneType None; write an optax transformation, such as optax.adamw"),
+        ({"batch_spec": "fsdp"}, r"batch_spec is 'fsdp'; .*batch_spec=jax.sharding.PartitionSpec\('fsdp'\)"),
+        ({"topolgy": "cpu:8"}, "plan has no argument 'topolgy'; the nearest is 'topology'"),
+        ({"target": "kernel"}, "plan has no argument 'target'; the nearest is 'targets'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(keywords, message):
+    with pytest.raises(TypeError, match=message):
+        stacked(**keywords)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
         ({"topology": "v5e:2x0"}, "the topology 'v5e:2x0' has no devices"),
+        ({"topology": "cpu:0"}, "the topology 'cpu:0' has no devices; .*\"cpu:8\" for so many CPU devices"),
+        ({"topology": "gpu:8"}, r"'gpu:8' is none that is served.*TPUs and for CPUs only.*on a machine with"),
+        ({"topology": "h100:2x4"}, r"'h100:2x4' is none that is served"),
+        ({"mesh": {"fsdp": -1, "tensor": 0}}, r"'tensor' has the size 0; .*mesh=\{'tensor': -1\}"),
+        ({"mesh": {"fsdp": "8"}}, r"'fsdp' has the size '8'"),
         ({"topology": "v5p-64"}, r"the topology is 'v5p-64'; write \"v5e:2x4\""),
         ({"topology": "cpu:9"}, r"needs 9 CPU devices, and there are 8. Write jax.config.update"),
         ({"mesh": {"fsdp": 3}}, r"the mesh fsdp 3 needs 3 devices, and cpu:8 has 8; .*mesh=\{'fsdp': 8\}"),
@@ -588,6 +615,52 @@ def test_errors_say_what_to_write(keywords, message):
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ValueError, match=r"the batch's 'x' has shape \(6, 32\), which does not divide"):
         plan(mlp, MLP, {"x": shape(6, 32)}, rank=2, targets="up", tx=optax.sgd(1.0), topology="cpu:8")
+
+
+def test_what_is_not_by_example_may_have_a_sharding_of_its_own():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((6, 32), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    found = plan(mlp, MLP, {"x": x}, rank=2, targets="up", tx=optax.sgd(1.0), mesh=mesh)
+    assert found.memory.batch == 6 * 32 * 2
+
+
+def test_a_number_in_the_batch_is_an_array_as_it_is_in_the_step():
+    def loss_fn(params, batch, key):
+        y = (batch["x"] @ params["up"]["kernel"]) * batch["factor"]
+        assert y.dtype == jnp.bfloat16  # the number has no dtype of its own
+        return jnp.mean(y.astype(jnp.float32))
+
+    batch = {"x": np.ones((24, 32), jnp.bfloat16), "factor": 0.5}
+    options = {"rank": 2, "targets": "up", "tx": optax.sgd(1.0), "topology": "cpu:8"}
+    found = plan(loss_fn, MLP, batch, **options)
+    assert found.memory.batch == 24 // 8 * 32 * 2 + 8
+    with pytest.raises(TypeError, match=r"the batch's 'factor' is 'half'; write an array"):
+        plan(loss_fn, MLP, batch | {"factor": "half"}, **options)
+
+
+def test_a_loss_of_two_arguments():
+    def loss(params, batch):
+        return mlp(params, batch, None)
+
+    with pytest.raises(
+        TypeError, match=r"loss_fn is called as loss\(params, batch, key\), and takes \(params"
+    ):
+        plan(loss, MLP, X, rank=2, tx=optax.sgd(1.0), topology="cpu:1")
+
+
+def test_errors_about_wrap_and_lora_say_that_plan_takes_the_same():
+    def squared(params, batch, key):
+        return mlp(jax.tree.map(jnp.square, params), batch, key)
+
+    options = {"rank": 2, "tx": optax.sgd(1.0), "topology": "cpu:1"}
+    with pytest.raises(RefusedError, match="densify='up/kernel'") as refused:
+        plan(squared, MLP, X, targets="up", **options)
+    assert refused.value.__notes__[-1] == "plan takes this itself: lora_jax.plan(..., densify=...)."
+    found = plan(squared, MLP, X, targets="up", densify="up", compile_full=True, **options)
+    assert found.trained == 2 * (32 + 64) and known(found.full.peak) > 0
+    with pytest.raises(ValueError, match=r"'heads' .*wrap\(") as ambiguous:
+        plan(mlp, MLP | {"heads": shape(4, 4, 4)}, X, targets="heads", **options)
+    assert "lora_jax.plan(..., axes=...)" in ambiguous.value.__notes__[-1]
 
 
 def test_a_mesh_has_its_devices():
@@ -691,23 +764,44 @@ def test_the_papers_count_of_parameters():
     assert sizes == {"gpt3-175b": 174_604_259_328, "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}
 
 
+SMALL = "--tiny --topology cpu:8 --mesh fsdp=4,tensor=2 --batch 8 --length 16".split()
+
+
 def test_the_command(capsys, tmp_path):
-    small = "--tiny --topology cpu:8 --mesh fsdp=4,tensor=2 --batch 8 --length 16".split()
-    assert run.main(["--preset", "gpt3-175b", *small, "--json", "--out", str(tmp_path / "plan.json")]) == 0
+    assert run.main(["--preset", "gpt3-175b", *SMALL, "--json", "--out", str(tmp_path / "plan.json")]) == 0
     printed, progress = capsys.readouterr()
     found = json.loads(printed)
     assert found == json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert found["trained"] == 3 * 2 * (32 * 4 + 4 * 32)
-    assert "compiling gpt3-175b for cpu:8" in progress
-    for wrong, message in {
-        "--mesh fsdp=4": "needs 4 devices",
+    assert "compiling gpt3-175b for cpu:8, fsdp=4,tensor=2: a step of 8 x 16 tokens; " in progress
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    {
+        "--mesh fsdp=4": "--mesh fsdp=4 needs 4 devices, and cpu:8 has 8; .* --mesh fsdp=8",
         "--mesh fsdp:4": "--mesh is 'fsdp:4'; write fsdp=16,tensor=4",
+        "--mesh fsdp=0": "--mesh is 'fsdp=0'; write",
+        "--mesh fsdp=-1,tensor=-1": "--mesh is 'fsdp=-1,tensor=-1'; .*of which one may be -1",
+        "--mesh fsdp=1,tensor=8": "tensor = 8, which does not divide 4 heads",
         "--length 17": "has 16 positions",
-    }.items():
-        with pytest.raises(SystemExit) as stopped:
-            run.main(["--preset", "gpt3-175b", *small, *wrong.split()])
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+        "--length 0": "--length: '0' is no integer of 1 or more",
+        "--rank 0": "--rank: '0' is no integer of 1 or more",
+        "--batch 6": r"--batch 6 does not divide into 1 \(--accumulate\) parts over fsdp=4 .*multiple of 4",
+        "--accumulate 3": r"--batch 8 does not divide into 3 \(--accumulate\) parts",
+        "--targets nothing": "--targets 'nothing' matches no path",
+        "--targets positions": "'positions' .* not known. Name linear layers .*such as --targets",
+        "--topology gpu:8": "'gpu:8' is none that is served",
+        "--topology cpu:0": "'cpu:0' has no devices; .*or leave it out",
+        "--topology v5p-64": "'v5p-64'; write \"v5e:2x4\"",
+    }.items(),
+)
+def test_the_command_speaks_of_its_flags(capsys, wrong, message):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--preset", "gpt3-175b", *SMALL, *wrong.split()])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error) and not re.search(r"None|\w=[^-\w]|\w\(", error)
 
 
 def test_the_command_says_what_does_not_fit(monkeypatch, capsys):

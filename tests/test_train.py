@@ -1,6 +1,6 @@
 """A train step trains the trainable half, and leaves everything else exactly as it was."""
 
-import contextlib
+import functools
 import re
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lora_jax.files import load_adapter, save_adapter
 from lora_jax.interpret import lora
 from lora_jax.params import combine, labels, merge, partition, wrap
-from lora_jax.train import TrainState, make_train_step, only_trainable
+from lora_jax.train import TrainState, make_eval_step, make_train_step, only_trainable
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import LoraWeight, is_wrapped_leaf
 
@@ -79,20 +79,30 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-12, atol=1e-12)
 
 
-@contextlib.contextmanager
-def compilations():
-    """Count what the backend compiles."""
-    events = []
+# --- What is given --------------------------------------------------------------------------------
 
-    def listen(event: str, duration_secs: float, **kwargs: str | int | float):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.clear_event_listeners()
+def test_a_loss_of_two_arguments_is_refused_where_it_is_given():
+    def two(params, batch):
+        return loss_fn(params, batch, None)
+
+    @functools.wraps(two)
+    def decorated(params, batch, key):
+        return two(params, batch)
+
+    message = r"loss_fn is called as two\(params, batch, key\), and takes \(params, batch\)"
+    for make in (lambda fn: make_train_step(fn, optax.sgd(0.1)), make_eval_step):
+        with pytest.raises(TypeError, match=message):
+            make(two)
+        with pytest.raises(TypeError, match="loss_fn is int 3; write a function"):
+            make(3)
+        for good in (decorated, loss_fn, lambda *args: 0.0, jax.jit(loss_fn), functools.partial(loss_fn)):
+            make(good)
+
+
+def test_an_optimizer_is_checked_where_it_is_given():
+    with pytest.raises(TypeError, match="tx is NoneType None; write an optax transformation"):
+        make_train_step(loss_fn, None)  # type: ignore[arg-type]
 
 
 # --- The step is the loop one would write by hand ---------------------------------------------------
@@ -391,7 +401,7 @@ def noisy():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("make_tx", [scheduled, constant, plateau, noisy], ids=lambda f: f.__name__)
-def test_compiles_once(make_tx, accumulate):
+def test_compiles_once(make_tx, accumulate, compilations):
     tx = make_tx()
     state, step = (
         TrainState.create(make_wrapped(dropout=0.1), tx, KEY),
@@ -439,7 +449,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_compiles_once_wherever_things_are(place):
+def test_compiles_once_wherever_things_are(place, compilations):
     put_base, put_batch = PLACES[place]
     tx, batch = optax.adam(1e-2), put_batch(make_batch())
     params = put_base(MODEL.init(jax.random.key(0), jnp.zeros((1, 6), jnp.float32))["params"])
@@ -600,7 +610,7 @@ def test_statistics_and_dropout_of_a_module_move_as_in_plain_nnx(accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_module_trains_and_compiles_once(accumulate):
+def test_a_module_trains_and_compiles_once(accumulate, compilations):
     tx = optax.adam(1e-2)
     state = TrainState.create(wrap(Net(), rank=2, targets="up", train="head"), tx, KEY)
     shapes = {x.shape for x in jax.tree.leaves(state.opt_state)}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 import time
@@ -31,6 +32,7 @@ import optax
 
 from experiments.plan import models
 from experiments.report import provenance
+from lora_jax import RefusedError
 from lora_jax.planning import Memory, Plan, plan
 
 HERE = Path(__file__).parent
@@ -59,15 +61,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         default="fsdp=-1,tensor=1",
         help="how many devices each axis has, -1 for the rest (%(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=64, help="sequences in a step, over all devices (64)")
-    parser.add_argument("--length", type=int, help="tokens in a sequence; by default 2048")
-    parser.add_argument("--rank", type=int, help="by default 4 for GPT-3 and 16 for Llama")
+    parser.add_argument("--batch", type=positive, default=64, help="sequences in a step, on all devices (64)")
+    parser.add_argument("--length", type=positive, help="tokens in a sequence; by default 2048")
+    parser.add_argument("--rank", type=positive, help="by default 4 for GPT-3 and 16 for Llama")
     parser.add_argument(
         "--targets",
         help="a pattern of what is adapted; by default attention/(q|v)/kernel for GPT-3, and every linear "
         "layer of the blocks for Llama",
     )
-    parser.add_argument("--accumulate", type=int, default=1, help="microbatches in a step (1)")
+    parser.add_argument("--accumulate", type=positive, default=1, help="microbatches in a step (1)")
     parser.add_argument("--no-remat", action="store_true", help="keep every layer's activations")
     parser.add_argument("--full", action="store_true", help="compile full fine-tuning as well")
     parser.add_argument("--tiny", action="store_true", help="the same model in miniature, to try the command")
@@ -76,54 +78,113 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, parser.parse_args(arguments)
 
 
-def mesh_of(text: str) -> dict[str, int]:
-    found = dict(re.findall(r"(fsdp|tensor)=(-1|\d+)", text))
-    if ",".join(f"{name}={size}" for name, size in found.items()) != text:
-        raise ValueError(f"--mesh is {text!r}; write fsdp=16,tensor=4")
-    return {name: int(found.get(name, 1)) for name in ("fsdp", "tensor")}
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of 1 or more")
+    return int(text)
+
+
+def device_count(topology: str | None) -> int:
+    """How many devices a topology has; 0 for what is none, which `plan` refuses."""
+    if topology is None:
+        return len(jax.devices())
+    found = re.fullmatch(r"\w+:(\d+(?:x\d+)*)", topology)
+    return math.prod(map(int, found[1].split("x"))) if found else 0
+
+
+def mesh_of(text: str, topology: str | None) -> dict[str, int]:
+    """The sizes of the mesh axes, with what -1 stands for on the topology's devices."""
+    found = dict(re.findall(r"(fsdp|tensor)=(-1|[1-9]\d*)", text))
+    written = ",".join(f"{name}={size}" for name, size in found.items())
+    if written != text or text.count("=-1") > 1:
+        raise ValueError(f"--mesh is {text!r}; write fsdp=16,tensor=4, of which one may be -1, for the rest")
+    sizes = {name: int(found.get(name, 1)) for name in ("fsdp", "tensor")}
+    devices = device_count(topology)
+    if not devices:
+        return sizes
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: max(1, devices // known) if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(
+            f"--mesh {text} needs {math.prod(sizes.values())} devices, and {topology or 'this machine'} has "
+            f"{devices}; write sizes with that product, such as --mesh fsdp={devices}"
+        )
+    return sizes
+
+
+def check(options: argparse.Namespace, config: models.Config, length: int, mesh: dict[str, int]) -> None:
+    """Raise, in the words of the command, where something does not divide over the mesh."""
+    if length > config.length:
+        raise ValueError(f"--length is {length}, and {options.preset} has {config.length} positions")
+    fsdp, tensor = mesh["fsdp"], mesh["tensor"]
+    if options.batch % (options.accumulate * fsdp):
+        raise ValueError(
+            f"--batch {options.batch} does not divide into {options.accumulate} (--accumulate) parts over "
+            f"fsdp={fsdp} devices; write a multiple of {options.accumulate * fsdp}"
+        )
+    sizes = [
+        (f"the length of {length} tokens", length, "tensor", tensor),
+        (f"{config.heads} heads", config.heads, "tensor", tensor),
+        (f"{config.kv_heads} key and value heads", config.kv_heads, "tensor", tensor),
+        (f"{config.hidden} hidden units", config.hidden, "tensor", tensor),
+        (f"a width of {config.width}", config.width, "fsdp x tensor", fsdp * tensor),
+    ]
+    if config.kind == "llama":
+        sizes.append((f"a vocabulary of {config.vocabulary}", config.vocabulary, "tensor", tensor))
+    for what, size, axis, parts in sizes:
+        if size % parts:
+            raise ValueError(
+                f"--mesh has {axis} = {parts}, which does not divide {what}; write a size that does"
+            )
 
 
 def prepare(topology: str | None) -> None:
     """Tell jax what a topology needs, before anything uses it."""
     if topology is not None:
         jax.config.update("jax_platforms", "cpu")  # no accelerator of this machine is needed
-    if found := re.fullmatch(r"cpu:(\d+)", topology or ""):
-        jax.config.update("jax_num_cpu_devices", int(found[1]))
+    if topology is not None and topology.startswith("cpu:") and device_count(topology):
+        jax.config.update("jax_num_cpu_devices", device_count(topology))
 
 
 def planned(options: argparse.Namespace) -> Plan:
-    mesh = mesh_of(options.mesh)
+    mesh = mesh_of(options.mesh, options.topology)
     config = models.CONFIGS[options.preset]
     config = models.tiny(config) if options.tiny else config
     config = dataclasses.replace(config, remat=not options.no_remat)
     length = options.length or min(2048, config.length)
-    if length > config.length:
-        raise ValueError(f"--length is {length}, and {options.preset} has {config.length} positions")
-    adapted = {name: getattr(options, name) or x for name, x in ADAPTED[options.preset].items()}
-    tokens = jax.ShapeDtypeStruct((options.batch, length), jnp.int32)
-    return plan(
-        models.loss_fn(config),
-        jax.eval_shape(lambda key: models.init(key, config), jax.random.key(0)),
-        {"tokens": tokens, "targets": tokens},
-        tx=optax.adamw(1e-4),
-        topology=options.topology,
-        mesh=mesh,
-        rules=models.rules(config),
-        accumulate=options.accumulate,
-        compile_full=options.full,
-        axes={"layers/.*kernel": ("batch", "in", "out")},
-        **adapted,
+    check(options, config, length, mesh)
+    given = {name: getattr(options, name) for name in ("rank", "targets")}
+    adapted = ADAPTED[options.preset] | {name: x for name, x in given.items() if x is not None}
+    axes = ",".join(f"{name}={size}" for name, size in mesh.items())
+    print(
+        f"compiling {options.preset} for {options.topology or 'this machine'}, {axes}: a step of "
+        f"{options.batch} x {length} tokens{', then that of full fine-tuning' if options.full else ''}; "
+        "seconds to minutes, longer for more devices ...",
+        file=sys.stderr,
+        flush=True,
     )
+    tokens = jax.ShapeDtypeStruct((options.batch, length), jnp.int32)
+    try:
+        return plan(
+            models.loss_fn(config),
+            jax.eval_shape(lambda key: models.init(key, config), jax.random.key(0)),
+            {"tokens": tokens, "targets": tokens},
+            tx=optax.adamw(1e-4),
+            topology=options.topology,
+            mesh=mesh,
+            rules=models.rules(config),
+            accumulate=options.accumulate,
+            compile_full=options.full,
+            axes={"layers/.*kernel": ("batch", "in", "out")},
+            **adapted,
+        )
+    except (RefusedError, ValueError) as error:
+        raise ValueError(in_flags(str(error))) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser, options = parse(arguments)
     started = time.perf_counter()
-    print(
-        f"compiling {options.preset} for {options.topology or 'this machine'} ...",
-        file=sys.stderr,
-        flush=True,
-    )
     try:
         found = planned(options)
     except (ValueError, ModuleNotFoundError) as error:
@@ -134,6 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         save(options, found, seconds, arguments)
     return 1 if found.fits is False else 0
+
+
+def in_flags(text: str) -> str:
+    """An error of the library without the sentences that say what to write in Python."""
+    sentences = re.split(r"(?<=\.) (?=[A-Z])", text.replace("targets=", "--targets "))
+    kept = [x for x in sentences if not re.search(r"\w[=(]", x)]
+    if len(kept) < len(sentences):
+        kept.append("Name linear layers of the blocks, such as --targets 'attention/(q|v)/kernel'.")
+    return " ".join(kept)
 
 
 def save(options: argparse.Namespace, found: Plan, seconds: float, arguments: Sequence[str] | None) -> None:
