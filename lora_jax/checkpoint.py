@@ -1,21 +1,20 @@
 """Training runs on disk: saved while they go on, and resumed where they were.
 
-A run's directory holds `run.json`, which says that it is one; `metrics.jsonl`, a line for every logged
-step; and `checkpoints/STEP`, an orbax checkpoint each: `state`, the arrays by name, and `run`, a JSON
-object with what else there is to know, the bits of every array and of the base as numbers among it.
+A run's directory holds `run.json`, which says that it is one, and by what number its best save is known;
+`metrics.jsonl`, a line for every `log`; and `checkpoints/STEP`, the saves (see saves.py).
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import inspect
 import json
-import math
+import operator
 import os
 import shutil
 import signal
 import threading
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,21 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 
-from lora_jax import nnx
+from lora_jax import saves
 from lora_jax.files import local_path
-from lora_jax.params import bit_numbers
+from lora_jax.saves import RunError
 from lora_jax.train import TrainState
-from lora_jax.tree import leaves_with_path, path_str
-from lora_jax.weight import LoraWeight, is_wrapped_leaf
-
-FORMAT = 1
-"""The version written into every save; a save of a newer version is refused."""
 
 _MARK = "run.json"
 _METRICS = "metrics.jsonl"
-_SAVES = "checkpoints"
 _TRASH = "deleted"
 _STOPPED = 128 + signal.SIGTERM  # how a shell reports a process that SIGTERM ended
 
@@ -54,13 +48,22 @@ class Run:
     of the data, and of an `nnx.Module` its Variables that are no `nnx.Param` (statistics, counts,
     caches). The frozen base is never written. Its fingerprint is, and a run does not go on with another.
 
+    What the save does not hold is the caller's to keep the same: the settings of the optimizer and its
+    schedule, `loss_fn`, and what the data are. The key is the save's, so another one in the new state
+    changes nothing.
+
     Saving is asynchronous: arrays are copied to the host, and the loop goes on while they are written. A
-    save that was not finished does not count. When the loop ends, by itself or by `break`, the last state
-    is saved. On SIGTERM the step is finished and saved, and SystemExit(143) ends the program; code behind
-    the loop does not run. Any other exception, Ctrl-C among them, leaves the last save as it is.
+    save that was not finished does not count. When the loop ends by itself the last state is saved at
+    once, and after a `break` when the run is left. On SIGTERM the step is finished and saved, and
+    SystemExit(143) ends the program; code behind the loop does not run. Any other exception, Ctrl-C among
+    them, leaves the saves as they are; one that `save` had asked for in that step is still made.
 
     Of several processes all run the same loop, on one directory that all of them see. Each has its own
     `data`; they stop at the same step when one of them is told to.
+
+    In the directory `run.json`, `metrics.jsonl` and `checkpoints` are the run's, and files and folders of
+    other names are left alone. The lines of `metrics.jsonl` up to the last save must stay, and in
+    `checkpoints` every folder whose name is a number is a save.
 
     Args:
         directory: Where the run lives; made if it is not there. Relative paths and `~` are understood.
@@ -72,15 +75,18 @@ class Run:
             first, that returns a batch. `get_state` is called before every batch.
         every: Save after so many steps; None saves at the end, on SIGTERM and when asked.
         keep: How many of the last saves to keep; None keeps all.
-        best: The name of a number given to `save`; the save with the best one is kept as well.
+        best: The name of a number given to `save`; the save with the best one is kept as well. Once
+            there is such a save the run goes on under the same name and mode alone.
         mode: Whether the best is the least ("min") or the greatest ("max").
         steps: How many steps the run has in all, where the data does not end.
 
     Raises:
         TypeError: `state` is no `TrainState`, or `data` has no position.
         ValueError: an option does not make sense. When the run is entered: the directory holds something
-            else; a save is damaged or of a newer format; it was made for another base, other trained
-            arrays or another optimizer, with a list of the differences.
+            else; its saves or lines of its metrics are lost; a save is damaged or of a newer format; it was
+            made for another base, other trained arrays or another optimizer, with a list of the differences;
+            its best save is known by another name.
+        OSError: the directory cannot be written.
 
     >>> import optax, tempfile, lora_jax
     >>> from lora_jax import checkpoint
@@ -121,23 +127,19 @@ class Run:
         mode: Literal["min", "max"] = "min",
         steps: int | None = None,
     ):
-        for name, value, least in (("every", every, 1), ("keep", keep, 1), ("steps", steps, 0)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name} is {value!r}; write an integer of at least {least}, or None.")
-        if best is not None and not isinstance(best, str):
-            raise ValueError(f"best is {best!r}; write the name of a number given to save, as 'val_loss'.")
         self.directory = local_path(directory)
-        self.steps = steps
+        self.steps = _count("steps", steps, 0)
+        self._every, self._keep = _count("every", every, 1), _count("keep", keep, 1)
+        self._best = _best(best, mode)
         self._state = _checked(state)
-        self._data, self._every, self._keep = data, every, keep
-        self._best = None if best is None else (best, _sign(mode))
-        self._saves = self.directory / _SAVES
+        self._data = data
+        self._saves = self.directory / saves.FOLDER
         self._manager: Any = None
         self._is_first = jax.process_index() == 0
         self._in_body = False  # whether a batch was given and the loop did not come round since
         self._before: str | None = None  # the data's position before a batch that no step has taken yet
         self._asked: dict[str, float] | None = None  # the numbers of a save at the end of the body
-        self._lines: list[tuple[int, Mapping[str, Any]]] = []
+        self._lines: list[tuple[int, dict[str, Any]]] = []  # logged, and not written yet
         self._writing: int | None = None  # the step whose save may not be whole yet
         self._stop = False
 
@@ -149,15 +151,23 @@ class Run:
         with contextlib.ExitStack() as undo:
             self._iterator = _iterator(self._data)
             self._position(check=True)
-            _check_ours(self.directory)
-            if self._is_first:
-                self._claim(undo)
-                undo.callback(shutil.rmtree, self._saves / _TRASH, ignore_errors=True)
+            with _writable(self.directory):
+                _check_ours(self.directory)
+                if self._is_first:
+                    self._claim(undo)
+                    undo.callback(shutil.rmtree, self._saves / _TRASH, ignore_errors=True)
             self._resume()
-            if self._is_first:
-                # Nothing was touched before all was found in order.
-                _cut(self.directory / _METRICS, self._saved)
-                self._file = undo.enter_context(open(self.directory / _METRICS, "a", encoding="utf-8"))
+            # Nothing was touched before all was found in order.
+            with _writable(self.directory):
+                size = _size(self.directory / _METRICS, self._line_count, self.step)
+                if self._is_first:
+                    self._note_best(undo)
+                    self._saves.mkdir(exist_ok=True)
+                    self._file = undo.enter_context(open(self.directory / _METRICS, "ab"))
+                    self._file.truncate(size)
+                    if self._line_count and not size:  # somebody has emptied it: those lines are given up
+                        self._line_count = self._content["lines"] = 0
+                        saves.amend(self.directory, self._content)
             manager = self._opened()
             undo.callback(manager.close)
             self._catch_sigterm(undo)
@@ -169,43 +179,57 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         mark = self.directory / _MARK
         if not mark.exists():
-            new = mark.with_suffix(".new")
-            new.write_text(json.dumps({"lora_jax": "run", "format": FORMAT}) + "\n")
-            os.replace(new, mark)
-        _lock(undo.enter_context(open(mark, "r+")), self.directory)
+            _write_json(mark, {"lora_jax": "run", "format": saves.FORMAT})
+        _lock(undo, mark)
 
     def _resume(self) -> None:
         """Take what the newest save holds."""
-        # Every save is looked at, since the manager will read them all.
-        contents = [_content(self.directory, step) for step in _saved_steps(self.directory)]
-        self._base, self._form = _base(self._state), _form(self._state)
+        # Every save is looked at, for the numbers that say which is the best.
+        contents = [saves.description(self.directory, n) for n in saves.saved_steps(self.directory)]
+        self._numbers = {content["step"]: content["metrics"] for content in contents}
+        self._check_best()
+        self._base, self._form = saves.base(self._state), saves.form(self._state)
         if contents:
-            self._state = _restored(self.directory, contents[-1], self._state, self._form)
-            self._set_position(contents[-1]["positions"])
-        self.step = contents[-1]["step"] if contents else int(self._state.step)
+            self._content = contents[-1]
+            self._state = saves.restored(self.directory, self._content, self._state, self._form)
+            self._set_position(self._content["positions"])
+        else:
+            self._check_unspent()
+        self.step = self._content["step"] if contents else int(self._state.step)
         self._saved = self.step if contents else None
+        self._line_count = self._content["lines"] if contents else 0
+
+    def _check_best(self) -> None:
+        """Refuse to go on in a way that deletes the save which was the best until now."""
+        mark = self.directory / _MARK
+        known: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {}
+        name, mode = known.get("best"), known.get("mode", "min")
+        if name is None or (name, mode) == self._best:
+            return
+        step = saves.best_step(self._numbers, name, mode)
+        if step is not None:
+            raise RunError(
+                f"the run in {str(self.directory)!r} keeps the save of step {step}, the best by {name!r}; "
+                f"write best={name!r}, mode={mode!r}. To let it go, take 'best' out of {str(mark)!r}."
+            )
+
+    def _note_best(self, undo: contextlib.ExitStack) -> None:
+        mark = self.directory / _MARK
+        known: dict[str, Any] = json.loads(mark.read_text())
+        rest = {name: value for name, value in known.items() if name not in ("best", "mode")}
+        new = rest if self._best is None else rest | {"best": self._best[0], "mode": self._best[1]}
+        if new != known:
+            _write_json(mark, new)
+            _lock(undo, mark)  # it is another file now
 
     def _opened(self) -> ocp.CheckpointManager:
-        policies = ocp.checkpoint_managers
-        policy: Any = policies.LatestN(self._keep)
-        more: dict[str, Any] = {}
-        if self._best is not None:
-            name, sign = self._best
-
-            def quality(metrics: Mapping[str, float]) -> float:
-                return _quality(metrics, name, sign)
-
-            best = policies.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False)
-            policy = policies.AnyPreservationPolicy([policy, best])
-            more = {"best_fn": quality}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
+            preservation_policy=_Kept(self),
             # Renamed at once and deleted later, so that a kill leaves no half of a checkpoint.
             todelete_subdir=_TRASH,
             cleanup_tmp_directories=True,
             # A folder that cannot be made is an error at once, and not a thread that waits for it.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            **more,
         )
         return ocp.CheckpointManager(self._saves, options=options)
 
@@ -233,10 +257,15 @@ class Run:
             with self._undo:
                 if error is None:
                     self._save(self._asked or {})
-                else:
+                elif self._asked is None:
                     # What was logged may say why it went wrong, if it can be had.
                     with contextlib.suppress(Exception):
                         self._write()
+                else:
+                    try:
+                        self._save(self._asked)
+                    except Exception as other:
+                        error.add_note(f"The save of step {self.step} was asked for and not made: {other}")
                 self._wait()
         finally:
             self._manager = None
@@ -265,9 +294,15 @@ class Run:
             raise RuntimeError("the run is not open; write: with Run(...) as run: for batch in run: ...")
         self._come_round()
         if self.steps is not None and self.step >= self.steps:
+            self._save({})
             raise StopIteration
+        self._check_unspent()
         self._before = self._position()
-        batch = self._data(self.step) if self._iterator is None else next(self._iterator)
+        try:
+            batch = self._data(self.step) if self._iterator is None else next(self._iterator)
+        except StopIteration:
+            self._save({})
+            raise
         self._in_body = True
         return batch
 
@@ -275,6 +310,8 @@ class Run:
         """The steps that are left, where `steps` is given: what a progress bar asks for."""
         if self.steps is None:
             raise TypeError("the number of steps is not known; give Run(..., steps=...).")
+        if not hasattr(self, "step"):
+            raise RuntimeError("where the run goes on is not known before: with Run(...) as run: len(run).")
         return max(0, self.steps - self.step)
 
     def _come_round(self) -> None:
@@ -301,26 +338,33 @@ class Run:
 
     # --- Saving -------------------------------------------------------------------------------------
 
-    def save(self, **metrics: Any) -> None:
+    def save(self, *wrong: Any, **metrics: Any) -> None:
         """Save this step, when the loop's body is through: what it still does and logs belongs to it.
 
+        When a loop has ended by itself its state is saved already, and the numbers are added to that save.
+        So are those of a second call in one step; of equal names the later number counts.
+
         Args:
+            *wrong: Nothing: numbers are given by name.
             **metrics: Numbers to keep with the save, such as `val_loss`; among them the one that
                 `Run(best=...)` names, if any are given.
 
         Raises:
-            ValueError: the number that `best` names is missing, or the step was saved before, with
-                other numbers.
+            ValueError: the number that `best` names is missing.
             TypeError: what is given is no number.
         """
         if self._manager is None:
             raise RuntimeError("the run is not open; write: with Run(...) as run: ... run.save().")
-        numbers = {}
-        for name, value in jax.device_get(metrics).items():
-            if isinstance(value, str) or np.ndim(value):
-                raise TypeError(f"save was given {name}={value!r}; write a number.")
-            numbers[name] = float(value)
-        if numbers and self._best is not None and self._best[0] not in numbers:
+        if wrong:
+            raise TypeError(
+                f"save was given {_shown(wrong[0])}; write a name for it, as run.save(val_loss=0.5)."
+            )
+        for name, value in metrics.items():
+            if not _is_number(value) or np.ndim(value):
+                raise TypeError(f"save was given {name}={_shown(value)}; write a number: {name}=float(...).")
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        known = (self._asked or self._numbers.get(self.step, {})) | numbers
+        if numbers and self._best is not None and self._best[0] not in known:
             raise ValueError(
                 f"save was given {sorted(numbers)}, and the best is known by {self._best[0]!r}; "
                 f"write run.save({self._best[0]}=...)."
@@ -330,33 +374,29 @@ class Run:
         else:
             self._save(numbers)
 
-    def _save(self, metrics: dict[str, float]) -> None:
+    def _save(self, numbers: dict[str, float]) -> None:
         self._asked = None
+        self._check_there()
         self._write()
         if self.step != self._saved:
-            self._start_save(metrics)
-        elif metrics:
-            raise ValueError(f"step {self.step} was saved before; its numbers cannot be changed any more.")
+            self._start_save(numbers)
+        elif numbers or self._line_count != self._content["lines"]:
+            self._amend(numbers)
 
-    def _start_save(self, metrics: dict[str, float]) -> None:
-        arrays = _changing(self._state)
-        spent = [name for name, x in arrays.items() if isinstance(x, jax.Array) and x.is_deleted()]
-        if spent:
-            raise RuntimeError(
-                "run.state is spent: a step took its arrays and gave a new state that run.state does not "
-                "have. Write: run.state, metrics = step(run.state, batch)."
-            )
+    def _start_save(self, numbers: dict[str, float]) -> None:
+        self._check_unspent()
+        arrays = saves.changing(self._state)
         taken = int(self._state.step)
         if taken != self.step:
             raise ValueError(
                 f"run.state has taken {taken} steps and the loop {self.step}: every batch must be one step "
                 "of a state that counts them, as make_train_step does."
             )
-        base = _base(self._state)
+        base = saves.base(self._state)
         moved = {name: x for name, x in base.items() if x is not self._base.get(name)}
         if moved:  # by the first step, to where the others are; the bits must be what they were
             known = {name: self._form["base"].get(name) for name in moved}
-            if lines := _differences(_marked(moved), known):
+            if lines := saves.differences(saves.marked(moved), known):
                 raise ValueError(
                     f"the steps have changed the frozen base, which is not saved:\n{lines}\nWhat an "
                     "nnx.Module mutates must be a Variable that is no nnx.Param, such as nnx.BatchStat."
@@ -365,27 +405,57 @@ class Run:
         position = self._position(check=True) if self._before is None else self._before
         content = {
             **self._form,
-            "arrays": _marked(arrays),
+            "arrays": saves.marked(arrays),
             "step": self.step,
             "positions": _gathered(position),
-            "metrics": metrics,
+            "lines": self._line_count,
+            "metrics": numbers,
         }
         self._wait()
         if self._is_first:
+            os.fsync(self._file.fileno())  # the lines that the save counts must last as long as it does
             shutil.rmtree(self._saves / _TRASH, ignore_errors=True)  # else it grows, and holds equal names
         self._writing = self.step
+        self._numbers[self.step] = numbers
         with self._saving():
-            self._manager.save(
-                self.step,
-                args=ocp.args.Composite(
-                    # orbax holds no array without entries.
-                    state=ocp.args.PyTreeSave({k: _raw(x) for k, x in arrays.items() if math.prod(x.shape)}),
-                    run=ocp.args.JsonSave({"format": FORMAT, "crc32": _crc(content), "content": content}),
-                ),
-                metrics=metrics if self._best is not None else None,
-                force=True,
+            self._manager.save(self.step, args=saves.arguments(arrays, content), force=True)
+        self._saved, self._content = self.step, content
+
+    def _amend(self, numbers: dict[str, float]) -> None:
+        """Add numbers, and the lines that were logged since, to the save of this step."""
+        self._wait()
+        self._numbers[self.step] = self._numbers[self.step] | numbers
+        self._content |= {"lines": self._line_count, "metrics": self._numbers[self.step]}
+        if self._is_first:
+            saves.amend(self.directory, self._content)
+        if numbers:  # by which another save may be the best
+            steps = self._manager.all_steps()
+            for step in set(steps) - self._kept(steps):
+                self._manager.delete(step)
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """Which of the saves are to be kept."""
+        kept = set(steps if self._keep is None else sorted(steps)[-self._keep :])
+        if self._best is not None:
+            best = saves.best_step({step: self._numbers[step] for step in steps}, *self._best)
+            kept |= set() if best is None else {best}
+        return kept
+
+    def _check_unspent(self) -> None:
+        arrays = jax.tree.leaves((self._state.trainable, self._state.opt_state))
+        if any(isinstance(x, jax.Array) and x.is_deleted() for x in arrays):
+            raise RuntimeError(
+                "run.state is spent: a step took its arrays and gave a new state that run.state does not "
+                "have. Write: run.state, metrics = step(run.state, batch); and for every Run make a state of "
+                "its own: lora_jax.TrainState.create(wrapped, tx, key)."
             )
-        self._saved = self.step
+
+    def _check_there(self) -> None:
+        if not (self.directory / _MARK).exists():
+            raise FileNotFoundError(
+                f"the run's directory {str(self.directory)!r} was deleted or moved while the run went on, so "
+                f"step {self.step} cannot be saved; leave it until the run has ended."
+            )
 
     def _wait(self) -> None:
         with self._saving():
@@ -397,6 +467,7 @@ class Run:
         try:
             yield
         except Exception as error:
+            self._check_there()
             error.add_note(
                 f"Step {self._writing} of the run in {str(self.directory)!r} could not be saved. The saves "
                 "before it are whole; started again, the run goes on from the last of them."
@@ -430,30 +501,58 @@ class Run:
         """Write a line of `metrics.jsonl`: {"step": n, ...}, with every digit of every number.
 
         Arrays are fetched when the step after is under way, so that logging waits for no device. What a
-        line may hold: numbers, strings, arrays, and dicts and lists of those. Several lines may belong to
-        one step.
+        line may hold: numbers, strings, arrays of numbers, and dicts and lists of those. Several lines may
+        belong to one step.
 
         Args:
             metrics: Names and values. `step`, if it is among them as in those of a train step, says
                 which step they belong to; else it is `run.step`.
+
+        Raises:
+            TypeError: `metrics` is no dict with strings as names, or JSON does not hold what is in it.
+            RuntimeError: one of the arrays was given to a step, which took its memory.
         """
         if self._manager is None:
             raise RuntimeError("the run is not open; write: with Run(...) as run: ... run.log(metrics).")
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"run.log was given {_shown(metrics)}; write names and values: run.log({{'loss': loss}})."
+            )
+        line = {"step": self.step} | _loggable(metrics, "metrics")
+        step = line["step"]
+        if isinstance(step, bool) or not (
+            isinstance(step, int)
+            or (isinstance(step, jax.Array) and not step.shape and jnp.issubdtype(step.dtype, jnp.integer))
+        ):
+            raise TypeError(
+                f"run.log was given 'step': {_shown(step)}, and that names the step a line belongs to; write "
+                f"an integer, leave it out (it is {self.step}), or take another name for what it is."
+            )
         if self._is_first:
-            self._lines.append((self.step, dict(metrics)))
+            self._lines.append((self.step, line))
 
     def _write(self, before: int | None = None) -> None:
         """Write the lines that were logged before a step; all of them by default."""
         count = sum(before is None or step < before for step, _ in self._lines)
         lines, self._lines = self._lines[:count], self._lines[count:]
-        for (step, _), metrics in zip(lines, jax.device_get([m for _, m in lines]), strict=True):
-            line = {"step": step} | jax.tree.map(_plain, metrics)
-            try:
-                self._file.write(json.dumps(line) + "\n")
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"run.log was given {metrics!r}, which is no JSON: {error}.") from None
+        for _, line in lines:
+            _loggable(line, "metrics")  # once more, since a step may have taken an array
+            text = json.dumps(line, default=lambda x: np.asarray(x).tolist())
+            self._file.write(text.encode() + b"\n")
+            self._line_count += 1
         if lines:
             self._file.flush()
+
+
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """orbax's question which saves to keep, answered by a run."""
+
+    def __init__(self, run: Run):
+        self._run = run
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        kept = self._run._kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
 
 
 def restore(
@@ -478,7 +577,7 @@ def restore(
 
     Raises:
         FileNotFoundError: there is no such save.
-        ValueError: as for `Run`.
+        ValueError: as for `Run`; or `step` and `best` are both given.
 
     >>> import optax, tempfile, lora_jax
     >>> from lora_jax import checkpoint
@@ -491,21 +590,24 @@ def restore(
     0
     """
     _checked(state)
-    path, sign = local_path(directory), _sign(mode)
-    saved = _saved_steps(path)
+    step, by = _count("step", step, 0), _best(best, mode)
+    if step is not None and by is not None:
+        raise ValueError(f"step={step} and best={best!r} are both given; write the one or the other.")
+    path = local_path(directory)
+    saved = saves.saved_steps(path)
     if not saved:
         raise FileNotFoundError(f"there is no save in {str(path)!r}; write the directory of a Run.")
+    if by is not None:
+        step = saves.best_step({n: saves.description(path, n)["metrics"] for n in saved}, *by)
+        if step is None:
+            raise FileNotFoundError(f"no save in {str(path)!r} has a {best!r}; write run.save({best}=...).")
     if step is not None and step not in saved:
         raise FileNotFoundError(f"there is no save of step {step} in {str(path)!r}; there are {saved}.")
-    if best is not None:
-        numbers = {n: _content(path, n)["metrics"] for n in saved if step in (None, n)}
-        if not any(best in numbers[n] for n in numbers):
-            raise FileNotFoundError(f"no save in {str(path)!r} has a {best!r}; write run.save({best}=...).")
-        step = max(numbers, key=lambda n: (_quality(numbers[n], best, sign), n))
-    return _restored(path, _content(path, saved[-1] if step is None else step), state, _form(state))
+    content = saves.description(path, saved[-1] if step is None else step)
+    return saves.restored(path, content, state, saves.form(state))
 
 
-# --- What a state holds -------------------------------------------------------------------------------
+# --- What is given ------------------------------------------------------------------------------------
 
 
 def _checked(state: Any) -> TrainState:
@@ -517,111 +619,53 @@ def _checked(state: Any) -> TrainState:
     return state
 
 
-def _is_unit(node: Any) -> bool:
-    return is_wrapped_leaf(node) or nnx.is_other_variable(node)
+def _count(name: str, value: Any, least: int) -> int | None:
+    if value is None:
+        return None
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    raise ValueError(f"{name} is {value!r}; write an integer of at least {least}, or None.")
 
 
-def _names(state: TrainState) -> Iterator[tuple[str, bool]]:
-    """For every leaf of a state a name, and whether training changes it."""
-    frozen = state.frozen[1] if nnx.is_split(state.frozen) else state.frozen
-    sections = {"trainable": state.trainable, "frozen": frozen, "opt_state": state.opt_state}
-    for section, tree in (sections | {"step": state.step, "key": state.key}).items():
-        for path, node in leaves_with_path(tree, _is_unit):
-            changes = section != "frozen" or nnx.is_other_variable(node)
-            for keys, _ in jax.tree_util.tree_leaves_with_path(node):
-                name = path
-                if is_wrapped_leaf(node):
-                    name += "" if (part := path_str(keys)) == "w" else f":{part}"
-                elif len(keys) > 1:  # a value of several arrays in one Variable
-                    name += "/" + path_str(keys[1:])
-                yield "/".join(part for part in (section if changes else "", name) if part), changes
+def _best(best: Any, mode: Any) -> tuple[str, str] | None:
+    """The name of the number by which the best is known, and whether it is the least or the greatest."""
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode is {mode!r}; write 'min' or 'max'.")
+    if best is None:
+        if mode != "min":
+            raise ValueError(f"mode is {mode!r} and best is not given; write best='accuracy', mode={mode!r}.")
+        return None
+    if not isinstance(best, str) or not best:
+        raise ValueError(f"best is {best!r}; write the name of a number given to save, as 'val_loss'.")
+    return best, mode
 
 
-def _named(state: TrainState) -> list[tuple[str, bool, Any]]:
-    leaves = jax.tree.leaves(state)
-    named = [(name, changes, leaf) for (name, changes), leaf in zip(_names(state), leaves, strict=True)]
-    names = [name for name, _, _ in named]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"two arrays of the state have one name: {twice[:5]}; rename them in its trees.")
-    return named
+# --- The directory ------------------------------------------------------------------------------------
 
 
-def _changing(state: TrainState) -> dict[str, Any]:
-    arrays = {name: leaf for name, changes, leaf in _named(state) if changes}
-    for name, leaf in arrays.items():
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            raise TypeError(
-                f"{name!r} of the state is a {type(leaf).__name__}; write an array, as TrainState.create "
-                "does."
-            )
-    return arrays
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """Say of what the system refuses which directory it was for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"a run cannot be kept here ({error.strerror}); write another directory",
+            str(directory),
+        ) from error
 
 
-def _raw(x: Any) -> Any:
-    """An array of numbers: for typed keys the one they stand for."""
-    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-
-def _base(state: TrainState) -> dict[str, Any]:
-    named = [(name, leaf) for name, changes, leaf in _named(state) if not changes]
-    return {name: leaf for name, leaf in named if isinstance(leaf, (jax.Array, np.ndarray))}
-
-
-def _marked(arrays: dict[str, Any]) -> dict[str, list[Any]]:
-    """Of every array shape, dtype and a number made of its bits."""
-    marks = bit_numbers(map(_raw, arrays.values()))
-    return {name: [*_kind(x), mark] for (name, x), mark in zip(arrays.items(), marks, strict=True)}
-
-
-def _kind(x: Any) -> list[Any]:
-    return [list(x.shape), str(x.dtype)]
-
-
-def _form(state: TrainState) -> dict[str, Any]:
-    """What a state must have in common with one that is to take its place."""
-    return {
-        "base": _marked(_base(state)),
-        "arrays": {name: _kind(x) for name, x in _changing(state).items()},
-        "adapter": {
-            path: [
-                f"axes {node.axes}, blocks {node.blocks}" if isinstance(node, LoraWeight) else str(node.dtype)
-            ]
-            for path, node in leaves_with_path(state.trainable, is_wrapped_leaf)
-        },
-    }
-
-
-def _differences(here: Mapping[str, Any], saved: Mapping[str, Any], count: int = 20) -> str:
-    lines = []
-    for name in {**here, **saved}:
-        ours, theirs = here.get(name), saved.get(name)
-        if ours is None or theirs is None:
-            lines.append(f"{name}: {'not in the save' if theirs is None else 'only in the save'}")
-        elif ours[:2] != theirs[:2]:
-            shown = (f"{x[1]}{x[0]}" if len(x) > 1 else x[0] for x in (ours, theirs))
-            lines.append("{}: {} here, {} in the save".format(name, *shown))
-        elif ours != theirs:
-            lines.append(f"{name}: other values")
-    more = [f"and {len(lines) - count} more"] if len(lines) > count else []
-    return "\n".join([*lines[:count], *more])
-
-
-# --- A save on disk -----------------------------------------------------------------------------------
-
-
-class _RunError(ValueError):
-    """An error that already names the directory and what is wrong with it."""
-
-
-def _saved_steps(directory: Path) -> list[int]:
-    saves = directory / _SAVES
-    return sorted(ocp.utils.checkpoint_steps(saves)) if saves.is_dir() else []
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content) + "\n")
+    os.replace(new, file)
 
 
 def _check_ours(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
-        raise _RunError(f"{str(directory)!r} is a file; write a directory for the run.")
+        raise RunError(f"{str(directory)!r} is a file; write a directory for the run.")
     mark = directory / _MARK
     if mark.exists():
         try:
@@ -629,130 +673,41 @@ def _check_ours(directory: Path) -> None:
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
-            raise _RunError(
+            raise RunError(
                 f"{str(mark)!r} is not what a run writes; write another directory, or move it away."
             )
+        metrics, folder = directory / _METRICS, directory / saves.FOLDER
+        if not folder.is_dir() and metrics.exists() and metrics.stat().st_size:
+            raise RunError(
+                f"{str(metrics)!r} has the lines of a run, and the folder of its saves, {str(folder)!r}, is "
+                "gone. Restore that folder from a copy; to start again from step 0, move the file away."
+            )
         return
-    foreign = [name for name in (_METRICS, _SAVES) if (directory / name).exists()]
+    foreign = [name for name in (_METRICS, saves.FOLDER) if (directory / name).exists()]
     if foreign:
-        raise _RunError(
+        raise RunError(
             f"{str(directory)!r} holds {' and '.join(foreign)}, and no {_MARK} that says they are a run's; "
             "write another directory, or move them away."
         )
 
 
-@contextlib.contextmanager
-def _reading(directory: Path, step: int) -> Iterator[None]:
-    """Say of any failure in the body, whatever library it comes from, that the save is damaged."""
-    try:
-        yield
-    except (_RunError, PermissionError):
-        raise
-    except Exception as error:
-        cause = (str(error).strip().splitlines() or [""])[0][:200]
-        others = [n for n in _saved_steps(directory) if n != step]
-        onward = f"goes on from step {others[-1]}" if others else "starts again"
-        raise _RunError(
-            f"the save in {str(directory / _SAVES / str(step))!r} is damaged ({type(error).__name__}: "
-            f"{cause}). Restore that folder from a copy, or move it away: then the run {onward}."
-        ) from None
-
-
-def _content(directory: Path, step: int) -> dict[str, Any]:
-    with _reading(directory, step):
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            sealed: Any = checkpointer.restore(directory / _SAVES / str(step) / "run")
-        if sealed["format"] > FORMAT:
-            raise _RunError(
-                f"the run in {str(directory)!r} has format {sealed['format']} and this version of lora_jax "
-                f"reads formats up to {FORMAT}; install a newer one: pip install --upgrade lora-jax."
-            )
-        if _crc(sealed["content"]) != sealed["crc32"]:
-            raise ValueError("the checksum of its description is wrong")
-        return sealed["content"]
-
-
-def _crc(content: Any) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _restored(
-    directory: Path, content: dict[str, Any], state: TrainState, form: dict[str, Any]
-) -> TrainState:
-    """The state that a save holds, on the base of another and laid out as its arrays are."""
-    saved = content | {"arrays": {name: kind[:2] for name, kind in content["arrays"].items()}}
-    here, there = (
-        d["arrays"] | {f"{what}/{name}": x for what in ("adapter", "base") for name, x in d[what].items()}
-        for d in (form, saved)
-    )
-    if lines := _differences(here, there):
-        raise _RunError(
-            f"the run in {str(directory)!r} was saved with another base, adapter or optimizer:\n{lines}\n"
-            "Give those that it was started with, or another directory."
-        )
-    forms = {name: _raw(x) for name, x in _changing(state).items()}
-
-    def layout(x: Any) -> ocp.RestoreArgs:
-        if isinstance(x, jax.Array) and x.committed:
-            return ocp.ArrayRestoreArgs(sharding=x.sharding)
-        # What is bound to no device is to stay so: a step on other devices may follow.
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-
-    with _reading(directory, content["step"]):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(
-                directory / _SAVES / str(content["step"]) / "state",
-                args=ocp.args.PyTreeRestore(
-                    restore_args={name: layout(x) for name, x in forms.items() if math.prod(x.shape)}
-                ),
-            )
-        arrays = {}
-        for name, form in forms.items():
-            new = found.get(name, form)
-            # A copy, since a step gives its memory away.
-            arrays[name] = new if isinstance(new, jax.Array) and new is not form else jnp.array(new)
-        marks = dict(zip(arrays, bit_numbers(arrays.values()), strict=True))
-        for name, mark in marks.items():
-            if mark != content["arrays"][name][2]:
-                raise ValueError(f"{name} has other bits than were saved")
-
-    leaves = []
-    for name, changes, leaf in _named(state):
-        if changes:
-            key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            new = arrays[name]
-            leaf = jax.random.wrap_key_data(new, impl=jax.random.key_impl(leaf)) if key else new
-        leaves.append(leaf)
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-
-def _lock(file: Any, directory: Path) -> None:
+def _lock(undo: contextlib.ExitStack, mark: Path) -> None:
     """Keep every other `Run` away, until this one is left or its process ends in whatever way."""
     try:
         import fcntl
     except ImportError:  # Windows
         return
+    file = undo.enter_context(open(mark, "r+"))
     try:
         # Not lockf, whose lock is gone once anything in the process has closed the same file.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise RuntimeError(
-            f"another process, or another Run in this one, is at work on the run in {str(directory)!r}; end "
-            "it, or write another directory."
+            "another process, or another Run in this one, is at work on the run in "
+            f"{str(mark.parent)!r}; end it, or write another directory."
         ) from None
     except OSError:  # a file system without locks
         pass
-
-
-def _sign(mode: str) -> int:
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode is {mode!r}; write 'min' or 'max'.")
-    return 1 if mode == "max" else -1
-
-
-def _quality(metrics: Mapping[str, float], name: str, sign: int) -> float:
-    value = metrics.get(name, math.nan)
-    return -math.inf if math.isnan(value) else sign * value
 
 
 # --- The data's position ------------------------------------------------------------------------------
@@ -764,6 +719,17 @@ def _iterator(data: Any) -> Any:
     if hasattr(iterator, "get_state") and hasattr(iterator, "set_state"):
         return iterator
     if iterator is None and callable(data):
+        try:
+            signature = inspect.signature(data)
+        except (TypeError, ValueError):  # of some builtins it cannot be had
+            return None
+        try:
+            signature.bind(0)
+        except TypeError as error:
+            raise TypeError(
+                f"data is a function that cannot be called with the step alone: {error}. Write data=lambda "
+                "step: batch."
+            ) from None
         return None
     raise TypeError(
         f"data is a {type(data).__name__}, which has no position to save. Give a function of the step, "
@@ -807,28 +773,79 @@ def _gathered(text: str) -> list[str]:
 # --- metrics.jsonl ------------------------------------------------------------------------------------
 
 
-def _cut(file: Path, step: int | None) -> None:
-    """Drop the lines of later steps, and a last one that was not finished; without a save, all of them."""
-    if not file.exists():
-        return
-    size = 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                at = int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                raise _RunError(
-                    f"{str(file)!r}, line {number}: {line[:60]!r} is no line that run.log wrote; repair it, "
-                    "or move the file away: then the curve starts where the run goes on."
-                ) from None
-            if step is None or at > step:
-                break
-            size += len(line)
-    if size < file.stat().st_size:
-        os.truncate(file, size)
+def _size(file: Path, count: int, step: int) -> int:
+    """The bytes of the first so many lines, those that a save was made with; what follows them is dropped.
+
+    Only a last line may be torn. A file that somebody has emptied is one without lines.
+    """
+    size = found = 0
+    if file.exists():
+        with open(file, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                found += 1
+                try:
+                    known = isinstance(json.loads(line)["step"], int)
+                except (ValueError, KeyError, TypeError):
+                    known = False
+                if not known:
+                    raise RunError(
+                        f"{str(file)!r}, line {found}: {line[:60]!r} is no line that run.log wrote; repair "
+                        f"it, or empty the file: then the curve starts at step {step}."
+                    )
+                size += len(line) if found <= count else 0
+        if not file.stat().st_size:
+            return 0
+    if found < count:
+        raise RunError(
+            f"{str(file)!r} has lost lines: {found} are there, and the save of step {step} was made when "
+            f"there were {count}. Restore it from a copy; to go on without them, leave an empty file there: "
+            f"then the curve starts at step {step}."
+        )
+    return size
 
 
-def _plain(value: Any) -> Any:
+def _is_number(value: Any) -> bool:
+    """Whether a value is a real number or an array of them."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        kinds = (np.bool_, np.integer, np.floating)
+        return not isinstance(value, Tracer) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return isinstance(value, (bool, int, float))
+
+
+def _shown(value: Any) -> str:
+    is_array = isinstance(value, (jax.Array, np.ndarray))
+    return f"{value.dtype}{list(value.shape)}" if is_array else repr(value)[:60]
+
+
+def _loggable(value: Any, name: str) -> Any:
+    """A value as JSON will hold it, but for a device's arrays."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"run.log was given {name}[{key!r}]; write a string as its name: {str(key)!r}."
+                )
+        return {key: _loggable(x, f"{name}[{key!r}]") for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_loggable(x, f"{name}[{i}]") for i, x in enumerate(value)]
+    if value is None or isinstance(value, str):
+        return value
+    if not _is_number(value):
+        raise TypeError(
+            f"run.log was given {name} = {_shown(value)}; write a number, a string, an array of real "
+            "numbers, or a dict or list of those."
+        )
+    if isinstance(value, jax.Array):
+        if value.is_deleted():
+            raise RuntimeError(
+                f"run.log was given {name}, an array that a step has taken since; log a copy: jnp.copy(...)."
+            )
+        if not value.is_fully_addressable and not value.is_fully_replicated:
+            raise TypeError(
+                f"run.log was given {name}, of which other processes hold parts; log a number made of it, "
+                "such as its mean."
+            )
+        return value
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
