@@ -1,6 +1,8 @@
 """LoRA for any JAX model, as a pure transform of its parameter tree."""
 
 from lora_jax import checkpoint as checkpoint
+from lora_jax import names as names
+from lora_jax import peft as peft
 from lora_jax import rules as rules
 from lora_jax.axes import infer_axes as infer_axes
 from lora_jax.check import check_merge as check_merge

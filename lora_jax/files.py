@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,23 @@ def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool 
     if not isinstance(wrapped, Adapter):
         params_lib.require_wrapped(nnx.opened(wrapped)[0], "save_adapter")
     adapter = wrapped if isinstance(wrapped, Adapter) else params_lib.adapter(wrapped)
-    if jax.process_count() == 1:
-        _save(target, adapter, overwrite)
-        return
-    adapter = dataclasses.replace(adapter, leaves=jax.tree.map(_on_host, adapter.leaves))
+    if jax.process_count() > 1:
+        adapter = dataclasses.replace(adapter, leaves=jax.tree.map(on_host, adapter.leaves))
+    one_writer(target, lambda: _save(target, adapter, overwrite))
+
+
+def one_writer(target: Path, write: Callable[[], None]) -> None:
+    """Let the first of several processes write, and raise in all of them where it fails."""
     error = None
     if jax.process_index() == 0:
         try:
-            _save(target, adapter, overwrite)
+            write()
         except Exception as caught:
+            if jax.process_count() == 1:
+                raise
             error = caught
+    if jax.process_count() == 1:
+        return
     # The others must not wait for ever for one that failed.
     failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
     if error is not None:
@@ -94,7 +101,7 @@ def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool 
         raise RuntimeError(f"process 0 could not write the adapter to {str(target)!r}; its error says why.")
 
 
-def _on_host(x: Any) -> Any:
+def on_host(x: Any) -> Any:
     """An array of several processes as a whole on this one: an adapter is small."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return x

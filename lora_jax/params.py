@@ -412,7 +412,7 @@ def stack(adapters: Sequence[Any]) -> Any:
     trees = [nnx.opened(tree)[0] for tree in adapters]
     for tree in trees:
         require_wrapped(tree, "stack")
-    found = [_adapter_leaves(tree) for tree in trees]
+    found = [trained_leaves(tree) for tree in trees]
     lines = []
     for number, leaves in enumerate(found[1:], 1):
         for path in dict.fromkeys((*found[0], *leaves)):
@@ -526,7 +526,7 @@ def adapter(wrapped: Any) -> Adapter:
 
 def _taken(wrapped: Any) -> Adapter:
     tree, _ = nnx.opened(wrapped)
-    leaves = _adapter_leaves(tree)
+    leaves = trained_leaves(tree)
     for leaf in _wrapped_items(tree).values():
         if isinstance(leaf, LoraWeight):
             check_whole(leaf)
@@ -539,8 +539,8 @@ def _taken(wrapped: Any) -> Adapter:
     return Adapter(leaves, base, marks)
 
 
-def _adapter_leaves(given: Any) -> dict[str, Leaf]:
-    """The trained leaves of an `Adapter` or of a wrapped tree."""
+def trained_leaves(given: Any) -> dict[str, Leaf]:
+    """By path, the trained leaves of an `Adapter` or of a wrapped tree, without their w."""
     if isinstance(given, Adapter):
         return given.leaves
     tree, _ = nnx.opened(given)
@@ -576,7 +576,7 @@ def attach(params: Any, adapter: Any, check: bool = True) -> Any:
     2
     """
     tree, close = nnx.opened(params)
-    leaves = _adapter_leaves(adapter)
+    leaves = trained_leaves(adapter)
     already = list(_wrapped_items(tree))
     if already:
         raise ValueError(
@@ -679,7 +679,7 @@ def swap(wrapped: Any, adapter: Any) -> Any:
     """
     tree, close = nnx.opened(wrapped)
     require_wrapped(tree, "swap")
-    mine, theirs = _wrapped_items(tree), _adapter_leaves(adapter)
+    mine, theirs = _wrapped_items(tree), trained_leaves(adapter)
     lines = [f"{path}: only in the wrapped tree" for path in mine if path not in theirs]
     lines += [f"{path}: only in the adapter" for path in theirs if path not in mine]
     for path in mine:
@@ -735,7 +735,7 @@ def unmerge(params: Any, adapter: Any) -> Any:
     >>> unmerge(merge(wrapped), wrapped)["kernel"].w.tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
-    tree, close = nnx.opened(attach(params, Adapter(_adapter_leaves(adapter)), check=False))
+    tree, close = nnx.opened(attach(params, Adapter(trained_leaves(adapter)), check=False))
 
     def leaf(node: Any) -> Any:
         if not isinstance(node, LoraWeight):
