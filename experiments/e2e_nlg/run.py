@@ -28,7 +28,7 @@ from tqdm import tqdm
 import lora_jax
 from experiments.data import DataError, find_model
 from experiments.e2e_nlg import data
-from experiments.models import llama
+from experiments.models import generate, llama
 from experiments.report import provenance
 from lora_jax import checkpoint
 
@@ -222,14 +222,13 @@ def decoder(model: llama.Llama, tokenizer: Tokenizer, mrs: list[str], bos: int, 
     for row, mask, prompt in zip(tokens, valid, prompts, strict=True):
         row[-len(prompt) :], mask[-len(prompt) :] = prompt, True
 
-    @jax.jit
-    @lora_jax.lora
-    def generate(params):
-        return llama.greedy(
-            model, params, jnp.asarray(tokens), jnp.asarray(valid), max_new=max_new, eos_id=eos
-        )
+    greedy = functools.partial(generate.greedy, model, max_new=max_new, eos_id=eos)
+    decode = jax.jit(lora_jax.lora(greedy))
+    arrays = jnp.asarray(tokens), jnp.asarray(valid)
 
-    return lambda params: [text.strip() for text in tokenizer.decode_batch(np.asarray(generate(params)))]
+    return lambda params: [
+        text.strip() for text in tokenizer.decode_batch(np.asarray(decode(params, *arrays)))
+    ]
 
 
 def spaced(items: list, count: int | None) -> list:

@@ -1,20 +1,19 @@
-"""Llama as a plain Flax Linen model that reads the Hugging Face layout.
+"""Llama, Mistral and Qwen2 as a plain Flax Linen model that reads and writes the Hugging Face layout.
 
 The model knows nothing of LoRA. `load` reads config.json and the safetensors files (sharded or not),
-`Llama` computes logits, and `greedy` decodes a batch with a key-value cache:
+`Llama` computes logits, `save` writes what transformers opens, and `generate` decodes with the cache:
 
-    model, params = load("path/to/llama")
+    model, params = load("path/to/llama")                    # scan=True for layers stacked by nn.scan
     logits = model.apply({"params": params}, tokens)
-    new = greedy(model, params, prompts, valid, max_new=32, eos_id=model.config.eos_id)
+    new = generate.greedy(model, params, prompts, valid, max_new=32, eos_id=model.config.eos_id)
+    save("path/to/other", model, params)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from experiments.models import hub
+from lora_jax import names
+
+# What transformers takes for a field that config.json does not have, where the kinds differ.
+_DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +47,9 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a Llama config.json that the computation depends on."""
+    """The fields of a config.json that the computation depends on."""
 
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -47,34 +58,45 @@ class LlamaConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    sliding_window: int | None
+    attention_bias: bool
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: Llama3Scaling | None
     tie_embeddings: bool
     bos_id: int | None
-    eos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    @property
+    def eos_id(self) -> int | None:
+        """The first of the tokens that end a text, if there are any."""
+        return self.eos_ids[0] if self.eos_ids else None
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's last product has a bias too: in Llama, not in Qwen2."""
+        return self.attention_bias and self.model_type == "llama"
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> LlamaConfig:
         """Read the content of a config.json; what this model cannot compute is refused by name."""
-        served = {
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "quantization_config": None,
-        }
-        for field, value in served.items():
-            if raw.get(field, value) != value:
-                raise ValueError(
-                    f"config.json: {field} is {raw[field]!r}, but only {value!r} is served; use a Llama "
-                    "checkpoint such as HuggingFaceTB/SmolLM2-135M or meta-llama/Llama-3.2-1B."
-                )
-        heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
+        kind = raw.get("model_type", "llama")
+        hub.require({"model_type": kind}, {"model_type": list(_DEFAULTS)})
+        raw = _DEFAULTS[kind] | raw
         # transformers 5 gathers theta and the scaling under rope_parameters; older files keep them apart.
         rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
         rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        served = {"hidden_act": ["silu"], "mlp_bias": [False], "quantization_config": [None]}
+        served["partial_rotary_factor"] = [1.0]
+        if kind == "mistral":
+            served["attention_bias"] = [False]
+        hub.require(rope | raw, served)
+        needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+        if missing := [field for field in needed if field not in raw]:
+            raise ValueError(f"config.json: {', '.join(missing)} not given; is it a {kind} model's file?")
+        heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
         return cls(
+            model_type=kind,
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
@@ -82,14 +104,66 @@ class LlamaConfig:
             num_heads=heads,
             num_kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_positions=raw.get("max_position_embeddings", 2048),
+            max_positions=raw["max_position_embeddings"],
+            sliding_window=_sliding_window(raw, kind),
+            attention_bias=kind == "qwen2" or raw.get("attention_bias", False),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=_rope_scaling(rope),
             tie_embeddings=raw.get("tie_word_embeddings", False),
             bos_id=raw.get("bos_token_id"),
-            eos_id=eos[0] if isinstance(eos, list) else eos,
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json with these fields, as versions 4 and 5 of transformers read it."""
+        scaling = self.rope_scaling and {"rope_type": "llama3"} | dataclasses.asdict(self.rope_scaling)
+        raw = {
+            "architectures": [_ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_positions,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_id if len(self.eos_ids) < 2 else list(self.eos_ids),
+        }
+        if self.model_type == "llama":
+            raw["attention_bias"] = self.attention_bias
+        else:
+            raw["sliding_window"] = self.sliding_window
+        if self.model_type == "qwen2":
+            raw |= {"use_sliding_window": self.sliding_window is not None, "max_window_layers": 0}
+        return raw
+
+
+def _sliding_window(raw: dict[str, Any], kind: str) -> int | None:
+    """How many positions a query sees, itself included; None for all."""
+    window = raw.get("sliding_window")
+    if kind == "llama" or window is None or (kind == "qwen2" and not raw.get("use_sliding_window", False)):
+        return None
+    if kind == "qwen2":
+        full = raw.get("max_window_layers", 28)
+        layers = range(raw["num_hidden_layers"])
+        kinds = raw.get("layer_types") or ["sliding" if i >= full else "full" for i in layers]
+        sliding = [name.startswith("sliding") for name in kinds]
+        if not any(sliding):
+            return None
+        if not all(sliding):
+            raise ValueError(
+                f"config.json: {sum(sliding)} of {len(sliding)} layers have a sliding_window, which is not "
+                "served; it must hold for all layers or for none."
+            )
+    return window if window < raw["max_position_embeddings"] else None
 
 
 def _rope_scaling(rope: dict[str, Any]) -> Llama3Scaling | None:
@@ -144,17 +218,18 @@ class Attention(nn.Module):
     def __call__(self, x, positions, mask, cache=None, start=None):
         """Attend; `mask` is (batch, queries, keys), `cache` the layer's keys and values so far."""
         c = self.config
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
 
         def heads(name, count):
-            return dense(count * c.head_dim, name=name)(x).reshape(*x.shape[:2], count, c.head_dim)
+            y = dense(count * c.head_dim, use_bias=c.attention_bias, name=name)(x)
+            return y.reshape(*x.shape[:2], count, c.head_dim)
 
         groups = (c.num_kv_heads, c.num_heads // c.num_kv_heads)
         q = rotate(heads("q_proj", c.num_heads), positions, c)
         k = rotate(heads("k_proj", c.num_kv_heads), positions, c)
         v = heads("v_proj", c.num_kv_heads)
         if cache is not None:
-            k, v = (
+            k, v = cache = tuple(
                 lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
@@ -165,7 +240,7 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores).astype(self.dtype)
         y = jnp.einsum("bktgs,bskd->btkgd", weights, v)
         y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
-        return dense(c.hidden_size, name="o_proj")(y), (k, v)
+        return dense(c.hidden_size, use_bias=c.output_bias, name="o_proj")(y), cache
 
 
 class MLP(nn.Module):
@@ -195,29 +270,45 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The causal language model. `__call__` gives all logits; `decode` the next ones, with a cache."""
+    """The causal language model. `__call__` gives all logits; `decode` the next ones, with a cache.
+
+    Layers are `layers_0`, `layers_1`, ...; with `scan` they are one, `layers`, stacked on axis 0.
+    """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+    scan: bool = False
 
     def setup(self):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.dtype}
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
-        self.layers = [Layer(c, self.dtype) for _ in range(c.num_layers)]
+        if self.scan:
+            stack = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+                length=c.num_layers,
+            )
+            self.layers = stack(c, self.dtype)
+        else:
+            self.layers = [Layer(c, self.dtype) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
 
     def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """Logits (batch, length, vocab) of tokens (batch, length); `valid` is False on padding."""
+        return self._head(self.hidden(tokens, valid))
+
+    def hidden(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """What the head is given: the last layer's output after the norm, (batch, length, hidden_size)."""
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
-        length = tokens.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x, _ = layer(x, _positions(valid), causal & valid[:, None, :])
-        return self._head(x)
+        positions = _positions(valid)
+        mask = self._mask(positions, valid, jnp.int32(0))
+        x, _ = self._layers(self.embed_tokens(tokens), positions, mask)
+        return self.norm(x)
 
     def decode(self, tokens: jax.Array, valid: jax.Array, cache: dict[str, Any]):
         """Append tokens to a cache made by `empty_cache`.
@@ -227,31 +318,52 @@ class Llama(nn.Module):
         """
         start, length = cache["start"], tokens.shape[1]
         seen = lax.dynamic_update_slice_in_dim(cache["valid"], valid, start, axis=1)
-        slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
-        causal = slots[None, :] <= start + slots[:length, None]
         before = jnp.sum(cache["valid"], axis=1, dtype=jnp.int32)
         positions = before[:, None] + _positions(valid)
-        x, layers = self.embed_tokens(tokens), []
-        for layer, old in zip(self.layers, cache["layers"], strict=True):
-            x, new = layer(x, positions, causal & seen[:, None, :], old, start)
-            layers.append(new)
-        last = jnp.max(jnp.where(valid, slots[:length], jnp.int32(0)), axis=1)
+        mask = self._mask(positions, seen, start)
+        x, layers = self._layers(self.embed_tokens(tokens), positions, mask, cache["layers"], start)
+        last = jnp.max(jnp.where(valid, jnp.arange(length, dtype=jnp.int32), jnp.int32(0)), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         cache = {"start": start + jnp.int32(length), "valid": seen, "layers": layers}
-        return self._head(x)[:, 0], cache
+        return self._head(self.norm(x))[:, 0], cache
+
+    def _mask(self, positions, seen, start):
+        """Which slots (batch, slots) the queries at positions (batch, length) see."""
+        slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
+        causal = slots[None, :] <= start + slots[: positions.shape[1], None]
+        mask = causal & seen[:, None, :]
+        if (window := self.config.sliding_window) is not None:
+            mask &= _positions(seen)[:, None, :] > positions[:, :, None] - jnp.int32(window)
+        return mask
+
+    def _layers(self, x, positions, mask, caches=None, start=None):
+        if self.scan:
+            return self.layers(x, positions, mask, caches, start)
+        made = []
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(x, positions, mask, None if caches is None else caches[i], start)
+            made.append(cache)
+        return x, made
 
     def _head(self, x):
-        x = self.norm(x)
         return self.embed_tokens.attend(x) if self.config.tie_embeddings else self.lm_head(x)
 
     def empty_cache(self, batch: int, slots: int) -> dict[str, Any]:
         """A cache for `slots` tokens: needs no parameters, so it is called on the bare model."""
         c = self.config
-        zeros = jnp.zeros((batch, slots, c.num_kv_heads, c.head_dim), self.dtype)
+        if slots > c.max_positions:
+            raise ValueError(
+                f"{slots} tokens, prompt and new ones, exceed the model's {c.max_positions} positions; "
+                "shorten the prompt or lower max_new."
+            )
+        shape = (batch, slots, c.num_kv_heads, c.head_dim)
+        if self.scan:
+            shape = (c.num_layers, *shape)
+        pair = (jnp.zeros(shape, self.dtype),) * 2
         return {
             "start": jnp.int32(0),
             "valid": jnp.zeros((batch, slots), bool),
-            "layers": [(zeros, zeros)] * c.num_layers,
+            "layers": pair if self.scan else [pair] * c.num_layers,
         }
 
 
@@ -259,117 +371,33 @@ def _positions(valid: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - jnp.int32(1), jnp.int32(0))
 
 
-def greedy(
-    model: Llama, params: Any, prompts: jax.Array, valid: jax.Array, *, max_new: int, eos_id: int
-) -> jax.Array:
-    """The most probable next token, `max_new` times: int32 (batch, max_new), `eos_id` once ended.
-
-    A pure function of `params`, to be jitted as a whole; it stops early when every row has ended.
-    """
-    batch, length = prompts.shape
-    if length + max_new > model.config.max_positions:
-        raise ValueError(
-            f"a prompt of {length} and {max_new} new tokens exceed the model's "
-            f"{model.config.max_positions} positions; shorten the prompt or lower max_new."
-        )
-
-    def advance(tokens, valid, cache):
-        logits, cache = model.apply({"params": params}, tokens, valid, cache, method="decode")
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
-
-    def unfinished(carry):
-        step, _, _, ended, _ = carry
-        return (step < max_new) & ~jnp.all(ended)
-
-    def body(carry):
-        step, token, out, ended, cache = carry
-        token = jnp.where(ended, jnp.int32(eos_id), token)
-        out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
-        following, cache = advance(token[:, None], jnp.ones((batch, 1), bool), cache)
-        return step + jnp.int32(1), following, out, ended | (token == eos_id), cache
-
-    token, cache = advance(prompts, valid, model.empty_cache(batch, length + max_new))
-    out = jnp.full((batch, max_new), eos_id, jnp.int32)
-    start = (jnp.int32(0), token, out, jnp.zeros((batch,), bool), cache)
-    return lax.while_loop(unfinished, body, start)[2]
-
-
-def load(folder: str | Path, dtype: Any = None) -> tuple[Llama, Any]:
+def load(
+    folder: str | Path, dtype: Any = None, shardings: Any = None, scan: bool = False
+) -> tuple[Llama, Any]:
     """The model and parameters of a folder in the Hugging Face layout.
 
-    Tensors are read one at a time, so the peak is the parameters and one tensor. `dtype` converts
-    them; by default they stay as stored, which must then be one dtype.
+    Args:
+        folder: Where config.json and the safetensors files are.
+        dtype: The dtype to convert to; by default tensors stay as stored, which must then be one dtype.
+        shardings: A tree of shardings like the parameters; each tensor goes straight to its own.
+        scan: Whether layers are stacked on axis 0 of `layers/...`.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
         ValueError: the configuration is not served, or the tensors do not fit it.
     """
-    folder = Path(folder)
-    config = LlamaConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    flat: dict[str, jax.Array] = {}
-    for name, tensor in _tensors(folder):
-        if (path := _param_path(name, config)) is None:
-            continue
-        if path.endswith("/kernel"):
-            tensor = tensor.T
-        flat[path] = jnp.asarray(tensor, tensor.dtype if dtype is None else dtype)
-    dtypes = {str(leaf.dtype) for leaf in flat.values()}
+    config = LlamaConfig.from_dict(hub.config(folder))
+    model = Llama(config, scan=scan)
+    template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    ignore = [r".*\.rotary_emb\.inv_freq"] + [r"lm_head\.weight"] * config.tie_embeddings
+    params = hub.load(folder, template, names.llama(), shardings=shardings, dtype=dtype, ignore=ignore)
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) > 1:
         raise ValueError(f"{folder}: several dtypes {sorted(dtypes)}; choose one: load(folder, dtype=...)")
-    model = Llama(config, jnp.dtype(dtypes.pop()) if dtypes else jnp.float32)
-    _check(folder, model, flat)
-    params: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, params)[last] = leaf
-    return model, params
+    return model.clone(dtype=jnp.dtype(dtypes.pop())), params
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ModuleNotFoundError(
-            'reading weights needs safetensors; run: pip install -e ".[experiments]"'
-        ) from None
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file in files:
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} is missing; the weights must be in safetensors files.")
-        with safe_open(folder / file, framework="np") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
-
-
-def _param_path(name: str, config: LlamaConfig) -> str | None:
-    """`model.layers.0.mlp.up_proj.weight` is `layers_0/mlp/up_proj/kernel`; None for what is not needed."""
-    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-        return None
-    path = name.removeprefix("model.").replace("layers.", "layers_").replace(".", "/")
-    stem, _, last = path.rpartition("/")
-    if last != "weight":
-        return path
-    if stem == "embed_tokens":
-        return f"{stem}/embedding"
-    return f"{stem}/scale" if stem.endswith("norm") else f"{stem}/kernel"
-
-
-def _check(folder: Path, model: Llama, flat: dict[str, jax.Array]) -> None:
-    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    shapes = {
-        "/".join(str(key.key) for key in keys): leaf.shape
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(expected)
-    }
-    problems = [f"{path} is missing" for path in shapes if path not in flat]
-    problems += [f"{path} is not part of the model" for path in flat if path not in shapes]
-    problems += [
-        f"{path} has shape {flat[path].shape}, config.json says {shape}"
-        for path, shape in shapes.items()
-        if path in flat and flat[path].shape != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{folder}: the tensors do not fit config.json: {'; '.join(problems[:8])}{more}")
+def save(folder: str | Path, model: Llama, params: Any, overwrite: bool = False) -> None:
+    """Write a model as transformers opens it; `params` are plain, such as `lora_jax.merge` gives."""
+    config = model.config.to_dict() | {"torch_dtype": str(model.dtype)}
+    hub.save(folder, params, names.llama(), config, overwrite=overwrite)

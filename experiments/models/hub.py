@@ -1,0 +1,397 @@
+"""The Hugging Face layout, read and written by the rules of lora_jax.names.
+
+A folder in that layout holds config.json and model.safetensors, or several such files and
+model.safetensors.index.json. `load` fills a tree of shapes from it, `save` writes a tree:
+
+    template = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    params = load("path/to/model", template, lora_jax.names.gpt2(), shardings=shardings)
+    save("path/to/another", params, lora_jax.names.gpt2(), config("path/to/model"))
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import names
+from lora_jax.tree import leaves_with_path
+from lora_jax.weight import is_wrapped_leaf
+
+# What config.json calls a function.
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), jax.nn.gelu),
+    **{"relu": jax.nn.relu, "silu": jax.nn.silu, "swish": jax.nn.silu, "tanh": jnp.tanh},
+}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# safetensors' own numpy reader has no bfloat16 and none of the types of one byte.
+DTYPES = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": jnp.bfloat16, "BOOL": "bool"},
+        **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "F8_E4M3": jnp.float8_e4m3fn},
+        **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "F8_E5M2": jnp.float8_e5m2},
+    }.items()
+}
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file: its dtype, its shape, and where its bytes start."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def view(self) -> np.ndarray:
+        """The values, mapped from the file: only what is used of them is read."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        if not size:
+            return np.zeros(self.shape, self.dtype)
+        return np.memmap(self.file, np.uint8, "r", self.start, (size,)).view(self.dtype).reshape(self.shape)
+
+
+def config(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's config.json."""
+    return _json(Path(folder) / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated, damaged or no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold one JSON object, and holds a {type(content).__name__}.")
+    return content
+
+
+def require(raw: Mapping[str, Any], served: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a config.json in which a field has a value that is not served, by its name."""
+    for field, values in served.items():
+        if raw.get(field, values[0]) not in values:
+            raise ValueError(
+                f"config.json: {field} is {raw[field]!r}; served is {' and '.join(map(repr, values))}."
+            )
+
+
+def tensors(folder: str | Path) -> dict[str, Tensor]:
+    """What a folder's safetensors files hold, by name; only their headers are read.
+
+    Raises:
+        FileNotFoundError: there are no such files, or one that the index names is missing.
+        ValueError: a file is damaged, or does not hold what the index says.
+    """
+    folder = Path(folder)
+    files, listed = [SINGLE], None
+    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
+        listed = _json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise ValueError(
+                f"{folder / INDEX} has no weight_map from the names of tensors to those of files."
+            )
+        files = sorted(set(listed.values()))
+    found: dict[str, Tensor] = {}
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{folder / INDEX} names {file!r}; shards lie beside their index.")
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{folder / file} is missing; the weights must be in safetensors files.")
+        for name, tensor in _header(folder / file).items():
+            if listed is not None and listed.get(name) != file:
+                raise ValueError(f"{folder / file} holds {name!r}, and {INDEX} says {listed.get(name)!r}.")
+            found[name] = tensor
+    if listed is not None and (absent := [name for name in listed if name not in found]):
+        raise ValueError(f"{folder}: {INDEX} names tensors that no file holds: {_some(absent)}.")
+    return found
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ModuleNotFoundError(
+            'reading weights needs safetensors; run: pip install -e ".[experiments]"'
+        ) from None
+    try:
+        # It checks the header's length, and that the shapes and offsets fit the file.
+        with safe_open(file, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated, damaged or no safetensors file: {error}") from None
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    unknown = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
+    if unknown:
+        raise ValueError(f"{file}: no array has the dtype of {_some(unknown)}.")
+    found = {}
+    for name, entry in header.items():
+        start = 8 + length + entry["data_offsets"][0]
+        found[name] = Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+    return found
+
+
+def prefix(found: Iterable[str], candidates: Sequence[str], probe: str) -> str:
+    """The first candidate that stands before the name `probe`; the first of all where none does."""
+    found = set(found)
+    return next((prefix for prefix in candidates if prefix + probe in found), candidates[0])
+
+
+def one_dtype(folder: str | Path) -> np.dtype:
+    """The one floating dtype of a folder's tensors.
+
+    Raises:
+        ValueError: there are several.
+    """
+    kinds = {t.dtype for t in tensors(folder).values() if jnp.issubdtype(t.dtype, jnp.floating)}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{folder}: several dtypes {sorted(map(str, kinds))}; choose one: load(folder, dtype=...)"
+        )
+    return kinds.pop()
+
+
+def load(
+    folder: str | Path,
+    template: Any,
+    rules: Iterable[names.Rule],
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+    ignore: Sequence[str] = (),
+) -> Any:
+    """Fill a tree of shapes from a folder, one leaf at a time, straight to where it shall lie.
+
+    Args:
+        folder: Holds model.safetensors, or shards and their index.
+        template: The parameters' shapes, such as `jax.eval_shape(model.init, ...)["params"]`. Their
+            dtypes do not count.
+        rules: What the leaves are called in the files.
+        shardings: One sharding for all leaves, or a tree of them like the template. Each device reads
+            the part of a tensor that it holds. By default everything goes to the default device.
+        dtype: The dtype of the leaves; by default each keeps the one it is stored in.
+        ignore: Regular expressions for whole names in the files of what the model has no use for.
+
+    Returns:
+        The tree of arrays.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: tensors and template do not fit each other, with the names of all that do not.
+    """
+    found = tensors(folder)
+    leaves = dict(leaves_with_path(template))
+    named = names.named(template, rules)
+    problems = [f"{path} has no rule" for path in leaves if path not in named]
+    for piece in itertools.chain(*named.values()):
+        if piece.name not in found:
+            problems.append(f"{piece.path} is missing: no tensor {piece.name!r}")
+        elif found[piece.name].shape != piece.shape:
+            problems.append(
+                f"{piece.path}: {piece.name!r} has shape {found[piece.name].shape}, "
+                f"config.json says {piece.shape}"
+            )
+    wanted = {piece.name for piece in itertools.chain(*named.values())}
+    passed = re.compile("|".join(f"(?:{pattern})" for pattern in ignore) or r"(?!)")
+    extra = [name for name in found if name not in wanted and not passed.fullmatch(name)]
+    problems += [f"{name!r} is not part of the model" for name in extra]
+    kinds = {}
+    for path, parts in named.items():
+        stored = {found[piece.name].dtype for piece in parts if piece.name in found}
+        if dtype is None and len(stored) > 1:
+            problems.append(f"{path} is stored in several dtypes {sorted(map(str, stored))}; give a dtype")
+        kinds[path] = np.dtype(next(iter(stored), np.float32) if dtype is None else dtype)
+        if jax.dtypes.canonicalize_dtype(kinds[path]) != kinds[path]:
+            problems.append(f"{path} is {kinds[path]}, which jax rounds without jax_enable_x64; give a dtype")
+    if problems:
+        hint = (
+            f" Leave out what the model has no use for: ignore=({re.escape(extra[0])!r},)." if extra else ""
+        )
+        raise ValueError(f"{folder}: the tensors do not fit the model: {_some(problems, '; ')}.{hint}")
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        places = [shardings] * len(leaves)
+    else:
+        places = jax.tree.structure(template).flatten_up_to(shardings)
+    filled = []
+    for (path, leaf), place in zip(leaves.items(), places, strict=True):
+        source = _Source(named[path], found, kinds[path])
+        if place is None:
+            filled.append(jax.device_put(source[(slice(None),) * len(leaf.shape)]))
+        else:
+            filled.append(jax.make_array_from_callback(tuple(leaf.shape), place, source.__getitem__))
+        filled[-1].block_until_ready()  # or what is on its way to a device gathers in host memory
+    return jax.tree.unflatten(jax.tree.structure(template), filled)
+
+
+class _Source:
+    """A leaf in the files: indexed by slices, it gives those entries as a new array."""
+
+    def __init__(self, parts: Sequence[names.Piece], found: Mapping[str, Tensor], dtype: np.dtype):
+        self.parts, self.found, self.dtype = parts, found, dtype
+        self.groups = parts[0].leaf
+        self.shape = tuple(math.prod(size for _, size in group) for group in self.groups)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if any(len(group) > 1 for group in self.groups):
+            # A leaf's axis made of several of torch's: a slice of it is no slice of theirs.
+            whole = np.empty(self.shape, self.dtype)
+            for piece in self.parts:
+                piece.put(whole, self.found[piece.name].view())
+            return whole[index]
+        index = tuple(slice(*place.indices(size)) for place, size in zip(index, self.shape, strict=True))
+        result = np.empty([place.stop - place.start for place in index], self.dtype)
+        axes = [group[0][0] for group in self.groups]
+        span = dict(zip(axes, index, strict=True))
+        for piece in self.parts:
+            if any(not span[axis].start <= i < span[axis].stop for axis, i in piece.index.items()):
+                continue
+            order = list(itertools.chain(*piece.torch))
+            kept = [axis for axis in axes if axis not in piece.index]
+            part = self.found[piece.name].view().reshape([piece.size[axis] for axis in order])
+            part = part.transpose([order.index(axis) for axis in kept])[tuple(span[axis] for axis in kept)]
+            if piece.factor != 1.0:
+                part = part.astype(np.float64) * piece.factor
+            here = [slice(None)] * len(axes)
+            for axis, i in piece.index.items():
+                here[axes.index(axis)] = i - span[axis].start
+            result[tuple(here)] = part
+        return result
+
+
+def save(
+    folder: str | Path,
+    params: Any,
+    rules: Iterable[names.Rule],
+    config: Mapping[str, Any],
+    *,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write parameters as config.json and safetensors, which transformers opens, one tensor at a time.
+
+    Args:
+        folder: Made if it is not there. Other files in it, such as a tokenizer, stay.
+        params: Plain parameters; merge an adapter first.
+        rules: What the leaves are called.
+        config: The content of config.json. A dtype in it becomes that of the parameters.
+        shard_bytes: What one file holds at most, unless one tensor alone is larger.
+        overwrite: Whether a model that is there may be replaced, once the new one is written.
+
+    Raises:
+        FileExistsError: the folder holds a model, and `overwrite` is not set.
+        ValueError: leaves have no rule, or a dtype that the format cannot hold.
+    """
+    folder = Path(folder)
+    patterns = (SINGLE, "model-?????-of-?????.safetensors", INDEX)
+    old = [file for pattern in patterns for file in folder.glob(pattern)]
+    present = [*old, *folder.glob("config.json")]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"there is a model in {folder} already ({present[0].name}); write overwrite=True to replace it, "
+            "or another folder."
+        )
+    leaves = dict(leaves_with_path(params, is_wrapped_leaf))
+    named = names.named(params, rules)
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    problems = [f"{path} has no rule" for path in leaves if path not in named]
+    problems += [f"{path} is wrapped: merge first" for path, leaf in leaves.items() if is_wrapped_leaf(leaf)]
+    problems += [f"{path} is {leaves[path].dtype}" for path in named if leaves[path].dtype not in codes]
+    problems += [
+        f"{path} lies in part on other processes: gather it first"
+        for path, leaf in leaves.items()
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    ]
+    if problems:
+        raise ValueError(f"the parameters cannot be saved in {folder}: {_some(problems, '; ')}.")
+    kinds = {str(leaf.dtype) for leaf in leaves.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    config = {**config, **{key: kind for key in ("dtype", "torch_dtype") if key in config}}
+
+    shards: list[list[names.Piece]] = [[]]
+    total = filled = 0
+    for piece in itertools.chain(*named.values()):
+        size = math.prod(piece.shape) * leaves[piece.path].dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(piece)
+        filled, total = filled + size, total + size
+    count = len(shards)
+    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    files = [SINGLE] if count == 1 else files
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        for file, shard in zip(files, shards, strict=True):
+            _write(staging / file, shard, leaves, codes)
+        made = [*files]
+        if count > 1:
+            index = {piece.name: file for file, shard in zip(files, shards, strict=True) for piece in shard}
+            content = {"metadata": {"total_size": total}, "weight_map": index}
+            (staging / INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            made.append(INDEX)
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in [*made, "config.json"]:
+            os.replace(staging / file, folder / file)
+        for file in old:
+            if file.name not in made:
+                file.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(file: Path, shard: list[names.Piece], leaves: Mapping[str, Any], codes: Mapping[Any, str]) -> None:
+    # Wider numbers first, so that each lies at a multiple of its size.
+    shard = sorted(shard, key=lambda piece: -leaves[piece.path].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in shard:
+        dtype = leaves[piece.path].dtype
+        start, end = end, end + math.prod(piece.shape) * dtype.itemsize
+        entry = {"dtype": codes[dtype], "shape": list(piece.shape), "data_offsets": [start, end]}
+        header[piece.name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for path, parts in itertools.groupby(shard, key=lambda piece: piece.path):
+            host = _on_host(leaves[path])
+            for piece in parts:
+                stream.write(np.ascontiguousarray(piece.of(host)).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        cpu = None
+    # Part by part and through arrays that are soon gone: what numpy is given of an array, it keeps.
+    host = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            host[shard.index] = np.asarray(jax.device_put(shard.data, cpu))
+    return host
+
+
+def _some(items: Sequence[str], between: str = ", ", count: int = 8) -> str:
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return between.join(items[:count]) + more

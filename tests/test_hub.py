@@ -1,0 +1,474 @@
+"""Folders in the Hugging Face layout: what they hold is read and written, or an error says why not."""
+
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lora_jax
+from experiments.models import bert, gpt2, hub
+from lora_jax import names
+from lora_jax.tree import leaves_with_path, map_with_path
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = FIXTURES / "gpt2_tiny"
+CONFIG = gpt2.GPT2Config.from_dict(hub.config(TINY))
+MODELS = {"gpt2_tiny": (gpt2, names.gpt2), "gpt2_untied": (gpt2, names.gpt2)}
+MODELS |= {"bert_tiny": (bert, names.bert), "roberta_tiny": (bert, lambda: names.bert("roberta."))}
+template = functools.cache(gpt2.abstract)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm mixes dtypes
+        yield
+
+
+def stored():
+    return load_file(TINY / "model.safetensors")
+
+
+def write(folder, tensors):
+    folder.mkdir(exist_ok=True)
+    shutil.copy(TINY / "config.json", folder)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def load(folder, **options):
+    return hub.load(folder, template(CONFIG), names.gpt2(), **options)
+
+
+def same_bits(first, second):
+    """Two folders hold the same tensors, bit for bit."""
+    first, second = hub.tensors(first), hub.tensors(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert (first[name].dtype, first[name].shape) == (second[name].dtype, second[name].shape)
+        assert first[name].view().tobytes() == second[name].view().tobytes()
+
+
+# --- Round trips ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_was_loaded_is_saved_bit_for_bit(tmp_path, name, scan):
+    library, rules = MODELS[name]
+    _, params = library.load(FIXTURES / name, scan=scan)
+    hub.save(tmp_path / "one", params, rules(), hub.config(FIXTURES / name))
+    same_bits(FIXTURES / name, tmp_path / "one")
+    hub.save(tmp_path / "shards", params, rules(), hub.config(FIXTURES / name), shard_bytes=6000)
+    same_bits(FIXTURES / name, tmp_path / "shards")
+    assert hub.config(tmp_path / "shards") == hub.config(FIXTURES / name)
+    files = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        with safe_open(tmp_path / "shards" / file, framework="np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            sizes = [opened.get_tensor(key).nbytes for key in opened.keys()]
+            assert sum(sizes) <= 6000 or len(sizes) == 1
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    tensors = hub.tensors(tmp_path / "shards")
+    assert index["weight_map"] == {key: tensor.file.name for key, tensor in tensors.items()}
+    assert index["metadata"]["total_size"] == sum(
+        x.nbytes for x in load_file(FIXTURES / name / "model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2_tiny", "roberta_tiny"])
+def test_stacked_layers_hold_what_the_single_ones_do(name):
+    library, _ = MODELS[name]
+    _, single = library.load(FIXTURES / name)
+    _, stacked = library.load(FIXTURES / name, scan=True)
+    root, layer = (single, "h") if library is gpt2 else (single["encoder"], "layer")
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *[root[f"{layer}_{i}"] for i in range(2)])
+    found = stacked["h"] if library is gpt2 else stacked["encoder"]["layer"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_bfloat16_is_read_and_written(tmp_path):
+    params = load(TINY, dtype=jnp.bfloat16)
+    wide = load(TINY)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), params, wide)
+    hub.save(tmp_path, params, names.gpt2(), hub.config(TINY))
+    assert hub.one_dtype(tmp_path) == jnp.bfloat16 and hub.config(tmp_path)["dtype"] == "bfloat16"
+    again = load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bytes_of_bfloat16_stand_where_the_header_says(tmp_path):
+    bits = np.array([0x3F80, 0xC000, 0x0001, 0x7F80], np.uint16)
+    text = json.dumps(
+        {
+            "w": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [3, 11]},
+            "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        }
+    ).encode()
+    (tmp_path / hub.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + b"abc" + bits.tobytes())
+    tree = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
+    params = hub.load(tmp_path, tree, [names.Rule("kernel", "w", "plain")], ignore=("odd",))
+    assert params["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(params["kernel"]).view(np.uint16).ravel(), bits)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float16", "int8", "uint16", "bool", "float8_e4m3fn", "float8_e5m2"]
+)
+def test_every_dtype_goes_there_and_back(tmp_path, dtype):
+    leaf = jnp.asarray([[0, 1, 1], [1, 0, 1]]).astype(dtype)
+    tree = {"a": leaf, "b": leaf[:, :0], "c": leaf[0, 0]}
+    rules = [names.Rule("[abc]", r"\g<0>", "plain")]
+    hub.save(tmp_path, tree, rules, {})
+    again = hub.load(tmp_path, tree, rules)
+    assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(dtype)}
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_one_leaf_may_be_several_tensors(tmp_path):
+    kernel = np.arange(2 * 4 * 6, dtype=np.float32).reshape(2, 4, 6)
+    rule = names.Rule(
+        "qkv/kernel", "h.{n}.{c}.weight", "linear: n d (c o) -> o d", names={"c": ("q", "k", "v")}, factor=2.0
+    )
+    hub.save(tmp_path, {"qkv": {"kernel": kernel}}, [rule], {})
+    assert sorted(hub.tensors(tmp_path)) == [f"h.{n}.{c}.weight" for n in range(2) for c in "kqv"]
+    np.testing.assert_array_equal(load_file(tmp_path / hub.SINGLE)["h.1.k.weight"], kernel[1, :, 2:4].T / 2.0)
+    tree = {"qkv": {"kernel": jax.ShapeDtypeStruct(kernel.shape, "float32")}}
+    place = NamedSharding(jax.make_mesh((2, 4), ("n", "d")), P("n", "d"))
+    for sharding in (None, place):
+        loaded = hub.load(tmp_path, tree, [rule], shardings=sharding)["qkv"]["kernel"]
+        np.testing.assert_array_equal(loaded, kernel)
+
+
+def test_a_factor_is_applied_to_the_part_that_is_read(tmp_path):
+    scale = np.arange(1, 9, dtype=np.float32)
+    rule = names.Rule("norm/scale", "norm.weight", "plain", factor=4.0)
+    hub.save(tmp_path, {"norm": {"scale": scale}}, [rule], {})
+    np.testing.assert_array_equal(load_file(tmp_path / hub.SINGLE)["norm.weight"], scale / 4)
+    place = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
+    tree = {"norm": {"scale": jax.ShapeDtypeStruct((8,), "float32")}}
+    np.testing.assert_array_equal(hub.load(tmp_path, tree, [rule], shardings=place)["norm"]["scale"], scale)
+
+
+def test_merged_parameters_open_in_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    for name, (library, rules) in MODELS.items():
+        model, params = library.load(FIXTURES / name)
+        wrapped = lora_jax.wrap(params, rank=2, targets=".*(c_attn|query)")
+        trainable, frozen = lora_jax.partition(wrapped)
+        trainable = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), trainable)
+        merged = lora_jax.merge(lora_jax.combine(trainable, frozen))
+        hub.save(tmp_path / name, merged, rules(), hub.config(FIXTURES / name), shard_bytes=20_000)
+        kind = getattr(transformers, hub.config(FIXTURES / name)["architectures"][0])
+        theirs, info = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info.values())
+        tokens = np.load(FIXTURES / f"{name}.npz")["tokens"][:1]
+        with torch.no_grad():
+            expected = theirs.eval()(torch.tensor(tokens).long()).logits.numpy()
+        out = model.apply({"params": merged}, jnp.asarray(tokens))
+        logits = out if library is gpt2 else out.logits
+        assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+# --- Meshes ---------------------------------------------------------------------------------------
+
+
+def spread(mesh, scan):
+    """A sharding for every leaf: each kind of axis, stacked ones too, over all of the mesh."""
+
+    def spec(path, leaf):
+        if scan and path.startswith("h/"):
+            return P("x", *([None] * (len(leaf.shape) - 2)), "y")
+        return (
+            P(("x", "y"), None) if path.endswith("c_fc/kernel") else P(*([None] * (len(leaf.shape) - 1)), "y")
+        )
+
+    return lambda tree: map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), tree)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_mesh_gets_the_same_values_each_device_its_part(scan):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    _, whole = gpt2.load(TINY, scan=scan)
+    places = spread(mesh, scan)(whole)
+    model, params = gpt2.load(TINY, scan=scan, shardings=places)
+    for leaf, place, expected in zip(*map(jax.tree.leaves, (params, places, whole)), strict=True):
+        assert leaf.sharding == place
+        assert leaf.addressable_shards[0].data.size < leaf.size
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected[shard.index])
+    tokens = jnp.asarray([[1, 2, 3, 4]], jnp.int32)
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(apply({"params": params}, tokens), apply({"params": whole}, tokens), rtol=1e-4)
+
+
+def test_a_mesh_saves_the_same_bits(tmp_path):
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    _, params = gpt2.load(TINY, scan=True, shardings=NamedSharding(mesh, P()))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
+    params = jax.device_put(params, spread(mesh, True)(params))
+    hub.save(tmp_path, params, names.gpt2(), hub.config(TINY))
+    same_bits(TINY, tmp_path)
+
+
+def test_a_device_reads_the_layers_that_it_holds(monkeypatch):
+    read = []
+    view = hub.Tensor.view
+    monkeypatch.setattr(hub.Tensor, "view", lambda self: read.append(self.start) or view(self))
+    place = NamedSharding(jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), P("x"))
+    tree = {"h": {"attn": {"c_attn": {"kernel": jax.ShapeDtypeStruct((2, 16, 48), "float32")}}}}
+    hub.load(TINY, tree, names.gpt2(), shardings=place, ignore=(r"(?!.*attn\.c_attn\.weight).*",))
+    tensors = hub.tensors(TINY)
+    assert read == [tensors[f"transformer.h.{i}.attn.c_attn.weight"].start for i in range(2)]
+
+
+MEMORY = """
+import jax, json, sys
+from experiments.models import hub
+from lora_jax.names import Rule
+
+shape, count, folder = (1024, 1024), 48, sys.argv[1]
+size, header = 4 * 1024 * 1024, {}
+for i in range(count):
+    header[f"{i}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+text = json.dumps(header).encode()
+with open(folder + "/model.safetensors", "wb") as stream:
+    stream.write(len(text).to_bytes(8, "little") + text)
+    stream.truncate(stream.tell() + count * size)
+
+def used():
+    # The most so far; what getrusage says may be that of the process this one was forked from.
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+tree = {str(i): {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for i in range(count)}
+rules = [Rule(r"(\\d+)/kernel", r"\\1.weight")]
+jax.numpy.ones(3).block_until_ready()
+before = used()
+params = hub.load(folder, tree, rules)
+loaded = used()
+hub.save(folder + "/saved", params, rules, {})
+print((loaded - before) / size / count, (used() - before) / size / count)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux counts it")
+def test_the_host_never_holds_the_model_twice(tmp_path):
+    root = Path(hub.__file__).parents[2]
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded, saved = map(float, done.stdout.split())
+    assert 0.9 < loaded < 1.2 and saved < 1.2
+
+
+# --- What is found, and what does not fit ----------------------------------------------------------
+
+
+def test_a_bare_model_has_no_prefix(tmp_path):
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in stored().items()}
+    masks = {f"h.{i}.attn.bias": np.ones((1, 1, 24, 24), np.float32) for i in range(2)}
+    masks["lm_head.weight"] = bare["wte.weight"]
+    _, params = gpt2.load(write(tmp_path / "bare", bare | masks))
+    jax.tree.map(np.testing.assert_array_equal, params, load(TINY))
+    bare["h.0.attn.c_attn.biases"] = np.ones(3, np.float32)
+    with pytest.raises(ValueError, match="'h.0.attn.c_attn.biases' is not part of the model"):
+        gpt2.load(write(tmp_path / "bare", bare))
+
+
+def test_all_that_does_not_fit_is_named(tmp_path):
+    tensors = stored()
+    del tensors["transformer.ln_f.weight"]
+    tensors["transformer.wpe.weight"] = np.zeros((3, 16), np.float32)
+    tensors["lm_head.biases"] = np.zeros(3, np.float32)
+    with pytest.raises(ValueError) as error:
+        load(write(tmp_path / "model", tensors))
+    for part in (
+        "ln_f/scale is missing: no tensor 'transformer.ln_f.weight'",
+        "wpe/embedding: 'transformer.wpe.weight' has shape (3, 16), config.json says (24, 16)",
+        "'lm_head.biases' is not part of the model",
+        r"ignore=('lm_head\\.biases',)",
+    ):
+        assert part in str(error.value)
+    del tensors["lm_head.biases"]
+    with pytest.raises(ValueError) as error:
+        load(write(tmp_path / "model", {"other": np.zeros(2, np.float32)}))
+    assert str(error.value).count(" is missing") == 8 and "and 21 more" in str(error.value)
+
+
+def test_leaves_without_a_rule_are_named(tmp_path):
+    tree = {**template(CONFIG), "adapter": {"weight": jax.ShapeDtypeStruct((2, 2), "float32")}}
+    with pytest.raises(ValueError, match="adapter/weight has no rule"):
+        hub.load(TINY, tree, names.gpt2())
+    with pytest.raises(ValueError, match="adapter/weight has no rule"):
+        hub.save(tmp_path, load(TINY) | {"adapter": {"weight": jnp.ones((2, 2))}}, names.gpt2(), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_ignored_names_are_matched_whole(tmp_path):
+    folder = write(tmp_path / "model", stored() | {"score.weight.more": np.zeros(2, np.float32)})
+    with pytest.raises(ValueError, match="'score.weight.more' is not part of the model"):
+        load(folder, ignore=(r"score\.weight",))
+    load(folder, ignore=(r"score\.weight", r"score\.weight\..*"))
+
+
+def test_several_dtypes_need_a_choice(tmp_path):
+    tensors = stored()
+    tensors["transformer.h.1.ln_1.bias"] = tensors["transformer.h.1.ln_1.bias"].astype(np.float16)
+    folder = write(tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=r"several dtypes \['float16', 'float32'\]; choose one"):
+        gpt2.load(folder)
+    stacked = gpt2.abstract(gpt2.GPT2Config.from_dict(hub.config(TINY), scan=True))
+    with pytest.raises(ValueError, match="h/ln_1/bias is stored in several dtypes"):
+        hub.load(folder, stacked, names.gpt2())
+    assert load(folder)["h_1"]["ln_1"]["bias"].dtype == jnp.float16
+    _, params = gpt2.load(folder, "float32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_a_dtype_that_jax_would_round_is_refused(tmp_path):
+    folder = write(tmp_path / "model", {name: x.astype(np.float64) for name, x in stored().items()})
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match="h_0/attn/c_attn/bias is float64, which jax rounds"):
+            load(folder)
+        load(folder, dtype=jnp.float32)
+
+
+# --- Files that are missing or damaged ---------------------------------------------------------------
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        load(tmp_path)
+    hub.save(tmp_path, load(TINY), names.gpt2(), hub.config(TINY), shard_bytes=9000)
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-0000. ?.*is missing"):
+        load(tmp_path)
+
+
+def header(changes):
+    text = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x05",
+        (2**62).to_bytes(8, "little") + b"{}",
+        (TINY / "model.safetensors").read_bytes()[:-1],
+        (TINY / "model.safetensors").read_bytes()[:100],
+        header({"shape": [2**40, 2**40]}),
+        header({"shape": [-2]}),
+        header({"data_offsets": [0, 2**50]}),
+        header({"data_offsets": [8, 0]}),
+        header({"dtype": "F33"}),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is truncated, damaged or no safetensors file"):
+        hub.tensors(tmp_path)
+
+
+def test_an_index_that_lies_is_refused(tmp_path):
+    hub.save(tmp_path, load(TINY), names.gpt2(), hub.config(TINY), shard_bytes=9000)
+    file = tmp_path / "model.safetensors.index.json"
+    for text, message in (
+        ("{", "index.json is truncated, damaged or no JSON"),
+        ("[]", "holds a list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map"),
+    ):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / file.name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            hub.tensors(tmp_path / "bad")
+    index = json.loads(file.read_text())
+    first, *_, last = index["weight_map"]
+    for change, message in (
+        ({"more": index["weight_map"][first]}, "names tensors that no file holds: more"),
+        ({first: index["weight_map"][last]}, f"holds '{first}', and model.safetensors.index.json says"),
+        ({first: "../model.safetensors"}, "shards lie beside their index"),
+    ):
+        file.write_text(json.dumps({"weight_map": index["weight_map"] | change}))
+        with pytest.raises(ValueError, match=message):
+            hub.tensors(tmp_path)
+
+
+# --- Writing ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path):
+    params, config = load(TINY), hub.config(TINY)
+    hub.save(tmp_path, params, names.gpt2(), config, shard_bytes=9000)
+    for other in ("tokenizer.json", "model_ema.safetensors"):
+        (tmp_path / other).write_text("{}")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = jax.tree.map(lambda x: x + 1, params)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        hub.save(tmp_path, other, names.gpt2(), config)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    hub.save(tmp_path, other, names.gpt2(), config, overwrite=True)
+    kept = ["model_ema.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", *kept]
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), other)
+    hub.save(tmp_path, params, names.gpt2(), config, overwrite=True, shard_bytes=9000)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_failure_leaves_the_old_model(tmp_path, monkeypatch):
+    params = load(TINY)
+    hub.save(tmp_path, params, names.gpt2(), hub.config(TINY))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    count = itertools.count()
+
+    def full(number):
+        if next(count) == 1:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        hub.save(tmp_path, params, names.gpt2(), hub.config(TINY), shard_bytes=9000, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_wrapped_parameters_are_not_saved(tmp_path):
+    wrapped = lora_jax.wrap(load(TINY), rank=2, targets="h_0/attn/c_attn")
+    with pytest.raises(ValueError, match="h_0/attn/c_attn/kernel is wrapped: merge first"):
+        hub.save(tmp_path / "model", wrapped, names.gpt2(), {})
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_dtype_that_the_format_lacks_is_named(tmp_path):
+    tree = {"w": np.ones(2, np.complex64)}
+    with pytest.raises(ValueError, match="w is complex64"):
+        hub.save(tmp_path, tree, [names.Rule("w", "w", "plain")], {})
+
+
+def test_leaves_keep_their_own_memory(tmp_path):
+    folder = write(tmp_path / "model", stored())
+    params = load(folder)
+    before = jax.tree.map(lambda x: np.array(x), params)
+    with open(folder / "model.safetensors", "r+b") as stream:
+        stream.seek(-4000, os.SEEK_END)
+        stream.write(bytes(4000))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    assert dict(leaves_with_path(params))["wte/embedding"].shape == (61, 16)
