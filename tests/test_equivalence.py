@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import CASES, dense_tree, weight
 from jax import lax
+from newest import NEWEST
 
 import lora_jax
 
@@ -39,15 +40,14 @@ IMPOSSIBLE = {("nnx_stacked", "vmap"), ("nnx_stacked_behind", "vmap")} | {
 }
 # vmap turns a branch into a select between weights, masked entry by entry, if its predicate is mapped.
 REFUSED_INSIDE = {("cond", "vmap")}
-# The models' operations are rows of their own; eagerly the models are in test_types. The older versions of
-# jax run them in the one way that has all the others' parts.
-OF_MODELS = {"jit", "vmap", "scan of remat"} if jax.__version_info__ >= (0, 12) else {"scan of remat"}
+# The older versions of jax run every row in the one way that has all the others' parts.
+WAYS = list(TRANSFORMS) if NEWEST else ["scan of remat"]
+# The models' operations are rows of their own; eagerly the models are in test_types.
 PAIRS = [
     (case, name)
     for case in CASES
-    for name in TRANSFORMS
-    if (case.name, name) not in IMPOSSIBLE
-    and (name in OF_MODELS or not case.name.startswith(("linen", "nnx")))
+    for name in WAYS
+    if (case.name, name) not in IMPOSSIBLE and (name != "eager" or not case.name.startswith(("linen", "nnx")))
 ]
 
 
