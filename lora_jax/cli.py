@@ -1,0 +1,441 @@
+"""The command `lora-jax`: what is in an adapter, and an adapter merged into a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import io
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import stream
+from lora_jax.factors import Factors
+from lora_jax.files import local_path, read_adapter
+from lora_jax.params import Adapter
+from lora_jax.peft import CONFIG, WEIGHTS, PeftAdapter, read_peft
+from lora_jax.weight import FullWeight, LoraWeight
+
+PROGRAM = "lora-jax"
+_MARK = "lora_jax.json"  # what `save_adapter` leaves in a folder
+
+HELP = """\
+LoRA adapters on the command line: what is in one, and one merged into its base.
+
+  lora-jax inspect ADAPTER              targets, ranks, norms, effective rank, size
+  lora-jax merge BASE ADAPTER OUT       the base plus the adapter, as a checkpoint of its own
+
+`lora-jax inspect --help` and `lora-jax merge --help` have examples and formulas."""
+
+CODES = """\
+exit codes:
+  0    done
+  1    something in the files is wrong, or in the way; what, and what to do, is on stderr
+  2    the command is written wrong
+  130  interrupted"""
+
+INSPECT = f"""\
+Shows what an adapter holds: one of PEFT (the folder that save_pretrained wrote, with {CONFIG}), or
+one of this library (the folder, or the .safetensors file, that save_adapter wrote).
+
+example:
+  lora-jax inspect my-adapter
+  lora-jax inspect my-adapter --json | jq '.targets[] | select(.effective_rank < 2) | .name'
+
+A target's update is ΔW = s·B·A with A of shape (r, in), B of shape (out, r) and s = alpha / r (or
+alpha / √r with use_rslora). Of it the table has, without ever forming ΔW:
+  |A|, |B|        Frobenius norms of the factors
+  |ΔW|            Frobenius norm of the update, the square root of the sum of σᵢ²
+  |ΔW|₂           its spectral norm, the largest singular value σ₁
+  eff. rank       exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ / Σσ: r if all directions weigh the same, 1 if one has
+                  all; 0 for an update that is zero (Roy and Vetterli, 2007)
+Layers that are stacked in one leaf have a line each, layers/kernel[3]."""
+
+INSPECT_JSON = """\
+--json prints one object:
+  adapter   the path            format   "peft" or "lora_jax"
+  config    base_model, bias, dropout, use_rslora, target_modules, modules_to_save; null where unknown
+  targets   a list of {name, kind, shape, rank, alpha, scale, norm_a, norm_b, norm, spectral_norm,
+            effective_rank, dtype, numbers, bytes}; shape is (out, in), for an embedding (num, dim), and
+            for an adapter of this library in then out axes
+  full      leaves trained in full, a list of {name, shape, dtype, numbers, bytes}
+  totals    {targets, full, numbers, bytes}"""
+
+MERGE = """\
+Adds a PEFT adapter to a model in the Hugging Face layout and writes a model of that layout, which
+transformers opens without PEFT.
+
+  BASE     a folder with config.json and model.safetensors, or the shards and their index
+  ADAPTER  the folder that PEFT's save_pretrained wrote; one of this library is written as such by
+           lora_jax.peft.save_peft
+  OUT      the folder to make; BASE and ADAPTER are only read
+
+example:
+  lora-jax merge Llama-3.2-1B my-adapter merged
+  lora-jax merge gpt2 my-adapter merged --dtype float32 --json > report.json
+
+Computes W + s·B·A in float32 (float64 if the base is), a few rows at a time, and rounds once to the
+base's dtype; entries whose update is zero keep their bits. Biases and modules_to_save of the adapter
+replace the base's. Tokenizer, generation config and whatever else is in BASE are copied, weights in other
+forms are not. OUT appears when all of it is written and durable, and not before: what fails or is
+interrupted leaves nothing there. Memory stays bounded, whatever the model's size.
+
+The report has for every tensor:
+  rms ΔW/W   how large the update is beside the weight
+  ΔW lost    |(W' - W) - ΔW| / |ΔW|: the share of the update that rounding lost. In bfloat16 an entry moves
+             only if its update is at least 2⁻⁹ or so of it. If much is lost, write --dtype float32, or
+             keep the adapter unmerged.
+  unmoved    the share of entries with an update that kept their old value"""
+
+MERGE_JSON = """\
+--json prints one object instead of the table:
+  out, files, bytes, seconds       the folder, its safetensors files, their bytes, and the time it took
+  notes                            what is also on stderr: a prefix, a tied head, files left out
+  tensors                          a list of {name, dtype, size, lost, unmoved}; size is rms ΔW/W
+  replaced                         the names of the tensors that the adapter holds in full"""
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    >>> main(["inspect", "no/such/adapter"])
+    1
+    """
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # the tables have Δ, which not every terminal has
+    options = _parser().parse_args(arguments)
+    # Nothing here gains from an accelerator, and taking one would wait for, or stop, who has it.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        if options.command == "inspect":
+            _inspect(options)
+        else:
+            _merge(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; nothing was left half", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=HELP, epilog=CODES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="inspect | merge")
+    inspect = commands.add_parser(
+        "inspect", description=INSPECT, epilog=f"{INSPECT_JSON}\n\n{CODES}", formatter_class=raw
+    )
+    inspect.add_argument("adapter", metavar="ADAPTER", help="a folder, or a file of this library")
+    inspect.add_argument("--json", action="store_true", help="print JSON and no table")
+    merge = commands.add_parser(
+        "merge", description=MERGE, epilog=f"{MERGE_JSON}\n\n{CODES}", formatter_class=raw
+    )
+    merge.add_argument("base", metavar="BASE", help="the model's folder")
+    merge.add_argument("adapter", metavar="ADAPTER", help="the PEFT adapter's folder")
+    merge.add_argument("out", metavar="OUT", help="the folder to write")
+    merge.add_argument(
+        "--dtype", choices=_DTYPES, help="what all floating tensors become; by default each keeps its own"
+    )
+    merge.add_argument(
+        "--shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="the largest file, such as 5GB or 500MB; by default the files are those of the base",
+    )
+    merge.add_argument(
+        "--overwrite", action="store_true", help="replace a model that is at OUT, once the new one is whole"
+    )
+    merge.add_argument("--json", action="store_true", help="print JSON and no table")
+    return parser
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
+    return size
+
+
+def _is_ours(adapter: str) -> bool:
+    """Whether there is an adapter of this library at a path, rather than one of PEFT."""
+    place = local_path(adapter)
+    if place.suffix == ".safetensors" and (place.name == WEIGHTS or (place.parent / CONFIG).is_file()):
+        raise ValueError(f"{str(place)!r} is half of a PEFT adapter; give its folder, {str(place.parent)!r}.")
+    return place.suffix == ".safetensors" or (place / _MARK).is_file()
+
+
+# --- inspect ------------------------------------------------------------------------------------------
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    place = str(local_path(options.adapter))
+    if _is_ours(options.adapter):
+        found = _of_ours(read_adapter(options.adapter))
+    else:
+        found = _of_peft(read_peft(options.adapter))
+    parts = [*found["targets"], *found["full"]]
+    found = {"adapter": place} | found
+    found["totals"] = {
+        "targets": len(found["targets"]),
+        "full": len(found["full"]),
+        "numbers": sum(x["numbers"] for x in parts),
+        "bytes": sum(x["bytes"] for x in parts),
+    }
+    if options.json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+    else:
+        print(_inspected(found))
+
+
+def _of_peft(adapter: PeftAdapter) -> dict[str, Any]:
+    config = adapter.config
+    targets = []
+    for name, update in adapter.updates.items():
+        kind = adapter.kinds[name]
+        shape = [len(update.b), update.a.shape[1]]
+        # alpha as in the config, of which the scale was made.
+        rank = len(update.a)
+        alpha = update.scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+        targets.append(_target(name, kind, shape[::-1] if kind == "embedding" else shape, alpha, update))
+    facts = {
+        "base_model": config.get("base_model_name_or_path"),
+        "bias": config.get("bias", "none"),
+        "dropout": config.get("lora_dropout", 0.0),
+        "use_rslora": bool(config.get("use_rslora")),
+        "target_modules": config.get("target_modules"),
+        "modules_to_save": config.get("modules_to_save"),
+    }
+    return {"format": "peft", "config": facts, "targets": targets, "full": _in_full(adapter.full)}
+
+
+def _of_ours(adapter: Adapter) -> dict[str, Any]:
+    targets, full, dropouts = [], {}, set()
+    for path, leaf in adapter.leaves.items():
+        if isinstance(leaf, LoraWeight):
+            dropouts.add(leaf.dropout)
+            targets += _of_leaf(path, leaf)
+        elif isinstance(leaf, FullWeight):
+            full[path] = np.asarray(leaf.value)
+    facts: dict[str, Any] = dict.fromkeys(
+        ("base_model", "bias", "use_rslora", "target_modules", "modules_to_save")
+    )
+    facts["dropout"] = dropouts.pop() if len(dropouts) == 1 else sorted(dropouts)
+    return {"format": "lora_jax", "config": facts, "targets": targets, "full": _in_full(full)}
+
+
+def _of_leaf(path: str, leaf: LoraWeight) -> Iterator[dict[str, Any]]:
+    """A leaf's update, or that of each of its stacked layers."""
+    a, b, scale = np.asarray(leaf.a), np.asarray(leaf.live_b), np.asarray(leaf.scale)
+    n, inner = scale.ndim, len(leaf.axes_of("in"))
+    shape = [*a.shape[n : n + inner], *b.shape[n + 1 :]]
+    kind = " ".join(axis for axis in leaf.axes if axis != "batch")
+    parts = len({ranks for ranks, _ in leaf.blocks}) or 1
+    for place in np.ndindex(scale.shape):
+        left, right = a[place].reshape(-1, leaf.rank), b[place].reshape(leaf.rank, -1)
+        alive = left.any(0) | right.any(1)  # smaller ranks are filled up with zeros
+        update = Factors(left.T[alive], right.T[:, alive], float(scale[place]))
+        name = path + "".join(f"[{i}]" for i in place)
+        if alive.any():
+            found = _target(name, kind, shape, update.scale * (len(update.a) // parts), update)
+            yield found | {"rank": len(update.a) // parts}
+
+
+def _target(name: str, kind: str, shape: Sequence[int], alpha: float, update: Factors) -> dict[str, Any]:
+    values = _singular_values(name, update)
+    p = values / values.sum() if values.any() else values
+    p = p[p > 0]
+    return {
+        "name": name,
+        "kind": kind,
+        "shape": list(map(int, shape)),
+        "rank": len(update.a),
+        "alpha": float(f"{alpha:.9g}"),
+        "scale": update.scale,
+        "norm_a": _norm(update.a),
+        "norm_b": _norm(update.b),
+        "norm": _norm(values),
+        "spectral_norm": float(values.max(initial=0.0)),
+        "effective_rank": float(np.exp(-np.sum(p * np.log(p)))) if p.size else 0.0,
+        "dtype": update.a.dtype.name,
+        "numbers": update.a.size + update.b.size,
+        "bytes": update.a.nbytes + update.b.nbytes,
+    }
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x.astype(np.float64)))
+
+
+def _singular_values(name: str, update: Factors) -> np.ndarray:
+    """Those of s·B·A, by way of the two factors' triangles."""
+    b, a = (np.linalg.qr(x.astype(np.float64), mode="r") for x in (update.b, update.a.T))
+    core = abs(update.scale) * (b @ a.T)
+    if not np.isfinite(core).all():
+        raise ValueError(f"{name!r} has factors that are infinite or not a number: its run diverged.")
+    return np.linalg.svd(core, compute_uv=False)
+
+
+def _in_full(leaves: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": list(x.shape), "dtype": x.dtype.name, "numbers": x.size, "bytes": x.nbytes}
+        for name, x in leaves.items()
+    ]
+
+
+def _inspected(found: Mapping[str, Any]) -> str:
+    lines = [f"{found['adapter']} ({found['format']})"]
+    lines += [f"{name}: {_shown(value)}" for name, value in found["config"].items() if value is not None]
+    header = "target kind shape rank alpha scale |A| |B| |ΔW| |ΔW|₂ eff. bytes".split()
+    rows = [
+        [
+            *(x["name"], x["kind"], "x".join(map(str, x["shape"])), str(x["rank"])),
+            *(f"{x[key]:.4g}" for key in ("alpha", "scale", "norm_a", "norm_b", "norm", "spectral_norm")),
+            *(f"{x['effective_rank']:.2f}", f"{x['bytes']:,}"),
+        ]
+        for x in found["targets"]
+    ]
+    header[-2] = "eff. rank"
+    lines += ["", *_table([header, *rows], left=(0, 1, 2))] if rows else []
+    if found["full"]:
+        full = [
+            [x["name"], "x".join(map(str, x["shape"])), x["dtype"], f"{x['bytes']:,}"] for x in found["full"]
+        ]
+        lines += ["", *_table([["trained in full", "shape", "dtype", "bytes"], *full], left=(0, 1, 2))]
+    totals = found["totals"]
+    lines += [
+        "",
+        f"{totals['targets']} targets, {totals['full']} in full, {totals['numbers']:,} numbers, "
+        f"{totals['bytes']:,} bytes",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# --- merge --------------------------------------------------------------------------------------------
+
+
+def _merge(options: argparse.Namespace) -> None:
+    if _is_ours(options.adapter):
+        raise ValueError(
+            f"{options.adapter!r} is an adapter of this library, whose names are paths of a tree and not a "
+            "checkpoint's. Write it as one of PEFT first, in Python: lora_jax.peft.save_peft("
+            f"lora_jax.load_adapter({options.adapter!r}, params), 'peft-adapter', rules, base_model=...), "
+            "with rules such as lora_jax.names.llama()."
+        )
+    started = time.perf_counter()
+    _keep_freed_memory()
+    with _progress() as progress:
+        made = stream.merge_checkpoint(
+            options.base,
+            options.adapter,
+            options.out,
+            dtype=_DTYPES.get(options.dtype),
+            shard_size=options.shard_size,
+            overwrite=options.overwrite,
+            say=lambda text: print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True),
+            progress=progress,
+        )
+    seconds = time.perf_counter() - started
+    if options.json:
+        report = {
+            "out": str(made.folder),
+            "files": list(made.files),
+            "bytes": made.size,
+            "seconds": round(seconds, 2),
+            "notes": list(made.notes),
+            "tensors": [
+                {"name": x.path, "dtype": x.dtype, "size": x.size, "lost": x.lost, "unmoved": x.unmoved}
+                for x in made.leaves
+            ],
+            "replaced": list(made.replaced),
+        }
+        print(json.dumps(report, indent=1, allow_nan=False))
+        return
+    rows = [["tensor", "dtype", "rms ΔW/W", "ΔW lost", "unmoved"]]
+    rows += [[x.path, x.dtype, f"{x.size:.2g}", f"{x.lost:.2%}", f"{x.unmoved:.2%}"] for x in made.leaves]
+    print("\n".join(_table(rows, left=(0, 1))))
+    if made.replaced:
+        print(f"replaced by the adapter's: {', '.join(made.replaced)}")
+    print(
+        f"{str(made.folder)}: {_amount(made.size)} in {len(made.files)} "
+        f"file{'s' if len(made.files) > 1 else ''}, {seconds:.1f} s"
+    )
+
+
+def _amount(size: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} bytes"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what is allocated next.
+
+    Blocks come and go all the time; handing pages back and having others zeroed took as long as adding.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+            mallopt(parameter, 1 << 30)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal and tqdm is there, else a line now and then."""
+    if sys.stderr.isatty() and find_spec("tqdm"):
+        from tqdm import tqdm
+
+        with tqdm(unit="B", unit_scale=True, desc="merging", leave=False) as bar:
+
+            def move(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield move
+        return
+    shown = 0
+
+    def line(done: int, total: int) -> None:
+        nonlocal shown
+        tenths = 10 * done // max(1, total)
+        if tenths > shown:
+            shown = tenths
+            print(f"merging: {_amount(done)} of {_amount(total)}", file=sys.stderr, flush=True)
+
+    yield line
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

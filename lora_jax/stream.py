@@ -1,0 +1,882 @@
+"""Merging an adapter into a checkpoint on disk, a few rows at a time."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import tensors
+from lora_jax.check import MergedLeaf
+from lora_jax.factors import Factors
+from lora_jax.files import local_path
+from lora_jax.peft import PeftAdapter, read_peft
+from lora_jax.weight import wide_dtype
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that an update can be added to."""
+
+_BLOCK = 1 << 20  # entries of a tensor that are in memory at once, in each worker
+_WORKERS = 3  # so that one reads while two add
+_SYNC = 1 << 28  # bytes that are written between two calls to make them durable
+# The models whose layers are transformers' Conv1D, of shape (in, out), and those layers' names.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_TABLES = ("wte", "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed", "shared")
+_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder", "output", "generator_lm_head")
+# Weights in other forms, which would not be merged.
+_OTHER_WEIGHTS = (
+    ".safetensors .safetensors.index.json .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx "
+    ".onnx_data .ot .tflite .mlmodel"
+).split()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in the Hugging Face layout, of which the headers were read.
+
+    Attributes:
+        folder: Where it is.
+        config: config.json.
+        files: The safetensors files by name.
+        owner: By tensor, the name of its file; in the order of the files and their bytes.
+        metadata: What the index says beside the names.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, tensors.File]
+    owner: Mapping[str, str]
+    metadata: Mapping[str, Any]
+
+    def entry(self, name: str) -> tensors.Entry:
+        """Where a tensor lies."""
+        return self.files[self.owner[name]].entries[name]
+
+
+def opened(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read config.json, the index if there is one, and the headers of the safetensors files.
+
+    Raises:
+        FileNotFoundError: there is no config.json, or no safetensors file.
+        ValueError: a file is damaged, or the index is not that of the files.
+        ModuleNotFoundError: safetensors is not installed.
+
+    >>> opened("no/such/model")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: there is no config.json in '.../no/such/model'...
+    """
+    place = local_path(folder)
+    where = repr(str(place))
+    if not (place / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"there is no {CONFIG} in {where}; give the folder that transformers' save_pretrained wrote, or "
+            "that the model was downloaded to."
+        )
+    config = _json(place / CONFIG)
+    single, index = (place / SINGLE).is_file(), (place / INDEX).is_file()
+    if single and index:
+        raise ValueError(f"there are both {SINGLE} and {INDEX} in {where}; remove the one that is not meant.")
+    if single:
+        names, metadata, claimed = [SINGLE], {}, None
+    elif index:
+        content = _json(place / INDEX)
+        claimed, metadata = content.get("weight_map"), content.get("metadata") or {}
+        if not isinstance(claimed, dict) or not isinstance(metadata, dict) or not claimed:
+            raise ValueError(f"{str(place / INDEX)!r} has no weight_map of tensors to files.")
+        names = sorted({str(name) for name in claimed.values()})
+        stray = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        if stray:
+            raise ValueError(f"{str(place / INDEX)!r} names {stray[0]!r}, which is no file beside it.")
+        missing = [name for name in names if not (place / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{where} has no {', '.join(missing)}, which its index names.")
+    else:
+        raise FileNotFoundError(
+            f"there is neither {SINGLE} nor {INDEX} in {where}. Other forms of weights are not read: load "
+            "the model in transformers and save it with save_pretrained(folder)."
+        )
+    files = {name: tensors.opened(place / name) for name in names}
+    owner: dict[str, str] = {}
+    for name, file in files.items():
+        for tensor in file.entries:
+            if tensor in owner:
+                raise ValueError(f"the tensor {tensor!r} is in both {owner[tensor]} and {name} of {where}.")
+            owner[tensor] = name
+    if claimed is not None and claimed != owner:
+        wrong = sorted(x for x in {**claimed, **owner} if claimed.get(x) != owner.get(x))
+        raise ValueError(
+            f"{str(place / INDEX)!r} does not agree with the files about {_some(wrong)}; fetch or save the "
+            "model again."
+        )
+    return Checkpoint(place, config, files, owner, metadata)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = tensors.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__} and no fields.")
+    return content
+
+
+def _some(items: Sequence[str], count: int = 5) -> str:
+    shown = ", ".join(map(repr, items[:count]))
+    return f"{shown} and {len(items) - count} more" if len(items) > count else shown
+
+
+# --- What changes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one tensor, scale·left·right, on the tensor's first axis and its others flattened."""
+
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+
+    @functools.cached_property
+    def is_full(self) -> bool:
+        """Whether no entry of a factor is zero."""
+        return bool(self.scale and self.left.all() and self.right.all())
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an adapter makes of a checkpoint.
+
+    Attributes:
+        updates: By the tensor's name, what is added.
+        replaced: By the tensor's name, what stands there instead.
+        notes: What is worth saying about it.
+    """
+
+    updates: Mapping[str, Update]
+    replaced: Mapping[str, np.ndarray]
+    notes: Sequence[str]
+
+
+def changes(base: Checkpoint, adapter: PeftAdapter) -> Changes:
+    """Find every parameter of an adapter in a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is quantised; a name is not found, also with or without a prefix that
+            all have in common; a shape does not fit; or a tied head is adapted.
+    """
+    where = repr(str(base.folder))
+    if base.config.get("quantization_config"):
+        raise ValueError(
+            f"{where} is quantised (its {CONFIG} has quantization_config), and an update that is rounded to "
+            "such numbers is lost. Merge into the model it was made from."
+        )
+    tied = _tied(base.config)
+    weights = {f"{module}.weight": module for module in adapter.updates}
+    _check_head(base, [*weights, *adapter.full], tied)
+    names, notes = _named(base, [*weights, *adapter.full, *adapter.copies])
+    updates = {names[name]: _update(base, names[name], adapter, module) for name, module in weights.items()}
+    for name, copy in adapter.copies.items():
+        if not _is_copy(base, names[name], copy):
+            raise ValueError(
+                f"the adapter holds a copy of {name!r} that is not the tensor in {where}: it was trained on "
+                "another base, or on one with another vocabulary. Give that base."
+            )
+    replaced = {names[name]: value for name, value in adapter.full.items()}
+    for name, value in replaced.items():
+        if value.shape != base.entry(name).shape:
+            raise ValueError(
+                f"{name!r} has shape {value.shape} in the adapter and {base.entry(name).shape} in {where}."
+            )
+        _require_float(base, name)
+    both = sorted(set(updates) & set(replaced))
+    if both:
+        raise ValueError(f"the adapter both adapts {_some(both)} and holds it in full.")
+    for table in [name for name in (*updates, *replaced) if _is_table(name)]:
+        head, note = _tied_to(base, table, tied)
+        if head and table in updates:
+            updates[head] = updates[table]
+        elif head:
+            replaced[head] = replaced[table]
+        notes += [note] if note else []
+    return Changes(updates, replaced, notes)
+
+
+def _named(base: Checkpoint, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Of the adapter's names those in the checkpoint, and what there is to say of them."""
+    unknown = [name for name in names if name not in base.owner]
+    if not unknown:
+        return {name: name for name in names}, []
+    found = {}
+    first = names[0]
+    segments = first.split(".")
+    for i in range(1, len(segments) - 1):
+        prefix = ".".join(segments[:i]) + "."
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in base.owner for name in names):
+            found[f"without {prefix!r}"] = {name: name.removeprefix(prefix) for name in names}
+    for tensor in base.owner:
+        if tensor.endswith("." + first):
+            prefix = tensor.removesuffix(first)
+            if all(prefix + name in base.owner for name in names):
+                found[f"with {prefix!r}"] = {name: prefix + name for name in names}
+    if len(found) == 1:
+        ((how, moved),) = found.items()
+        return moved, [f"the adapter's names are found in the base {how} in front, and are taken so"]
+    where = repr(str(base.folder))
+    if found:
+        raise ValueError(
+            f"the adapter's names are in {where} in several places: {', '.join(sorted(found))} in front. "
+            "Give the checkpoint of the part that was adapted."
+        )
+    heads = [name for name in unknown if name.rpartition(".")[0].split(".")[0] in ("score", "classifier")]
+    hint = (
+        " The head is no part of this base: in transformers load the base with it, "
+        "AutoModelForSequenceClassification.from_pretrained(base, num_labels=...).save_pretrained(folder), "
+        "and merge into that."
+        if heads
+        else ""
+    )
+    listed = "\n".join(f"  {name}" for name in unknown)
+    raise ValueError(
+        f"{len(unknown)} of the adapter's {len(names)} parameters are not in {where}, with names such as "
+        f"{_some(list(base.owner), 3)}. Nothing was written.{hint} Not found are:\n{listed}"
+    )
+
+
+def _update(base: Checkpoint, name: str, adapter: PeftAdapter, module: str) -> Update:
+    found: Factors = adapter.updates[module]
+    kind, shape = adapter.kinds[module], base.entry(name).shape
+    _require_float(base, name)
+    outer, inner = len(found.b), found.a.shape[1]
+    straight = Update(found.b, found.a, found.scale)
+    turned = Update(found.a.T, found.b.T, found.scale)
+    if kind == "embedding" and shape == (inner, outer):
+        return turned
+    if kind == "conv2d" and len(shape) == 4 and (shape[0], math.prod(shape[1:])) == (outer, inner):
+        return straight
+    if kind == "linear" and shape == (outer, inner):
+        return turned if outer == inner and _is_conv1d(base, adapter, module) else straight
+    if kind == "linear" and shape == (inner, outer):
+        return turned
+    raise ValueError(
+        f"{name!r} has shape {shape} in {str(base.folder)!r}, and the adapter's update of it ({kind}) maps "
+        f"{inner} to {outer} numbers: it was trained on another model, or on one with another vocabulary."
+    )
+
+
+def _is_conv1d(base: Checkpoint, adapter: PeftAdapter, module: str) -> bool:
+    """Whether a square matrix is stored as (in, out)."""
+    if base.config.get("model_type") in _CONV1D_MODELS:
+        return module.rpartition(".")[2] in _CONV1D_MODULES
+    return bool(adapter.config.get("fan_in_fan_out"))
+
+
+def _require_float(base: Checkpoint, name: str) -> None:
+    dtype = base.entry(name).dtype
+    if dtype not in FLOATS:
+        raise ValueError(
+            f"{name!r} in {str(base.folder)!r} has dtype {dtype}; {', '.join(FLOATS)} can be merged into. "
+            "Merge into the model that it was quantised from."
+        )
+
+
+# --- Tied heads ---------------------------------------------------------------------------------------
+
+
+def _tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether the config ties the head to the embedding; None where it does not say."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
+            return part["tie_word_embeddings"]
+    return None
+
+
+def _head_of(names: Sequence[str]) -> str | None:
+    return next((name for name in names if name.removesuffix(".weight") in _HEADS), None)
+
+
+def _check_head(base: Checkpoint, names: Sequence[str], tied: bool | None) -> None:
+    head = _head_of(names)
+    if head is None or tied is False:
+        return
+    where = repr(str(base.folder))
+    untie = (
+        "In transformers load it, set config.tie_word_embeddings = False, give the head a weight of its own "
+        "(lm_head.weight = torch.nn.Parameter(lm_head.weight.clone())), save it, and merge into that."
+    )
+    if head not in base.owner:
+        raise ValueError(
+            f"the adapter changes {head!r}, which {where} does not hold: there the head is tied to the "
+            f"embedding, which would change with it. {untie}"
+        )
+    if tied:
+        raise ValueError(
+            f"the adapter changes {head!r}, and the {CONFIG} of {where} ties the head to the embedding "
+            f"(tie_word_embeddings), so that loading would put the embedding in its place. {untie}"
+        )
+
+
+def _is_table(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in _TABLES
+
+
+def _tied_to(base: Checkpoint, name: str, tied: bool | None) -> tuple[str | None, str | None]:
+    """The head that is stored as a copy of an embedding, and what there is to say of a head."""
+    if tied is False:
+        return None, None
+    head = _head_of(list(base.owner))
+    if head is None:
+        return None, (
+            f"{name} changes, and no head is stored: a head that is tied to it changes with it, which it "
+            "does not while PEFT trains"
+        )
+    if not tied:
+        return None, None
+    if not _same_bytes(base, name, head):
+        return None, f"{name} changes, and {head} has other values and stays as it is"
+    return head, f"{name} changes, and {head}, a stored copy of it, changes with it"
+
+
+def _same_bytes(base: Checkpoint, one: str, other: str) -> bool:
+    x, y = base.entry(one), base.entry(other)
+    if (x.dtype, x.shape) != (y.dtype, y.shape):
+        return False
+    step = 1 << 22
+    return all(
+        np.array_equal(_read(base, one, at, step), _read(base, other, at, step))
+        for at in range(0, x.size, step)
+    )
+
+
+def _is_copy(base: Checkpoint, name: str, copy: np.ndarray) -> bool:
+    entry = base.entry(name)
+    if copy.shape != entry.shape or entry.dtype not in FLOATS:
+        return False
+    flat, dtype = copy.reshape(-1), tensors.DTYPES[entry.dtype]
+    return all(
+        np.array_equal(
+            flat[at : at + _BLOCK].astype(dtype),
+            _read(base, name, at * dtype.itemsize, _BLOCK * dtype.itemsize).view(dtype),
+        )
+        for at in range(0, flat.size, _BLOCK)
+    )
+
+
+def _read(base: Checkpoint, name: str, start: int, size: int) -> np.ndarray:
+    entry = base.entry(name)
+    file = base.files[base.owner[name]].path
+    with file.open("rb") as handle:
+        return _bytes(handle, name, entry.start + start, min(size, entry.size - start))
+
+
+def _bytes(file: BinaryIO, name: str, start: int, size: int) -> np.ndarray:
+    """Some bytes of a file, read at a place of their own so that several threads can."""
+    data = np.empty(size + 64, np.uint8)
+    # Where jax takes it as it is, and does not copy it.
+    data = data[-data.ctypes.data % 64 :][:size]
+    done = 0
+    while done < size:
+        count = os.preadv(file.fileno(), [memoryview(data)[done:]], start + done)
+        if not count:
+            raise ValueError(f"{file.name!r} ends inside of the tensor {name!r}; it is truncated.")
+        done += count
+    return data
+
+
+# --- A block of rows ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Sums:
+    """What is counted of one tensor: squares of its entries and of what rounding lost, and entries."""
+
+    old: float = 0.0
+    lost: float = 0.0
+    updated: int = 0
+    still: int = 0
+
+    def __iadd__(self, other: Sums) -> Sums:
+        self.old += other.old
+        self.lost += other.lost
+        self.updated += other.updated
+        self.still += other.still
+        return self
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "count"))
+def _added(
+    w: jax.Array, left: jax.Array, right: jax.Array, scale: jax.Array, dtype: Any, count: bool
+) -> tuple[jax.Array, ...]:
+    """W + s·left·right rounded to a dtype, what that lost, and W; by columns two counts in one number."""
+    delta = jnp.matmul(left, right, precision=lax.Precision.HIGHEST) * scale
+    old = w.astype(delta.dtype)
+    total = old + delta
+    zero = delta == 0
+    if dtype == jnp.bfloat16:
+        # By this name, since XLA may leave out a cast there and back.
+        total = lax.reduce_precision(total, 8, 7)
+    new = total.astype(dtype)
+    # As bits, which no select of floats is sure to keep of a NaN.
+    new = _of_bits(jnp.where(zero, _bits(w.astype(dtype)), _bits(new)), dtype)
+    wide = total if dtype == jnp.bfloat16 else new.astype(delta.dtype)
+    made = (new, (wide - old) - delta, old)
+    if not count:
+        return made
+    both, one, none = np.int32((1 << 16) + 1), np.int32(1), np.int32(0)
+    counts = jnp.where(zero, none, jnp.where(wide == old, both, one))
+    return (*made, jnp.sum(counts, 0, dtype=jnp.int32))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, np.dtype(f"u{x.dtype.itemsize}"))
+
+
+def _of_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    return lax.bitcast_convert_type(x, dtype)
+
+
+def _sum(w: np.ndarray, left: np.ndarray, update: Update, dtype: Any) -> tuple[np.ndarray, Sums]:
+    rows = len(left)
+    wide = wide_dtype(w.dtype, update.left.dtype, update.right.dtype, dtype)
+    # Of factors without a zero every entry counts as updated. Counting is half of the time otherwise.
+    count = w.dtype != dtype or not update.is_full
+    with jax.enable_x64(True):
+        factors = (np.asarray(x, wide) for x in (left, update.right, update.scale))
+        made = _added(w.reshape(rows, -1), *factors, dtype, count)
+        new, lost, old, *counts = (np.asarray(x) for x in made)
+    sums = Sums(_squares(old), _squares(lost))
+    if count:
+        sums.updated, sums.still = int((counts[0] & 0xFFFF).sum()), int((counts[0] >> 16).sum())
+    else:
+        unsigned = np.dtype(f"u{w.dtype.itemsize}")
+        moved = int(np.count_nonzero(new.reshape(-1).view(unsigned) != w.view(unsigned)))
+        sums.updated, sums.still = w.size, w.size - moved
+    if not math.isfinite(sums.old + sums.lost):
+        _check_finite(new, old)
+        known = np.isfinite(old)
+        sums.old, sums.lost = (_squares(np.where(known, x, 0).astype(np.float64)) for x in (old, lost))
+    return new, sums
+
+
+def _squares(x: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64))
+
+
+def _check_finite(new: np.ndarray, old: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):  # which some versions say of any NaN in bfloat16
+        bad = np.isfinite(old) & ~np.isfinite(new)
+    if bad.any():
+        raise ArithmeticError(f"{int(bad.sum())} entries")
+
+
+def _cast(old: np.ndarray, dtype: Any) -> np.ndarray:
+    if old.dtype == dtype:
+        return old
+    with jax.enable_x64(True):
+        new = np.asarray(jnp.asarray(old).astype(dtype))
+    _check_finite(new, old)
+    return new
+
+
+# --- The whole ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_checkpoint` did.
+
+    Attributes:
+        folder: Where the merged checkpoint is.
+        leaves: A `lora_jax.check.MergedLeaf` for every tensor that was added to; its path is the name.
+        replaced: The tensors that the adapter holds in full.
+        files: The safetensors files.
+        size: Their bytes.
+        left_out: Files of the base that were not copied: weights in other forms.
+        notes: What is worth saying about it.
+    """
+
+    folder: Path
+    leaves: Sequence[MergedLeaf]
+    replaced: Sequence[str]
+    files: Sequence[str]
+    size: int
+    left_out: Sequence[str]
+    notes: Sequence[str]
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Merged:
+    r"""Add a PEFT adapter to a checkpoint in the Hugging Face layout, in bounded memory.
+
+    :math:`W + s\,B A` is added in float32 (float64 if W or a factor is) and rounded once; entries whose
+    update is zero keep their bits. Biases and modules_to_save replace the base's. The other files of the
+    base are copied, weights in other forms left out. What is written lies beside `out` under another
+    name, and is renamed when it is whole and durable.
+
+    Args:
+        base: The folder with config.json and safetensors files.
+        adapter: The folder that PEFT's save_pretrained wrote.
+        out: The folder to make.
+        dtype: What all floating tensors become, "F32", "F16" or "BF16"; by default each keeps its own.
+        shard_size: The largest size of a file in bytes; by default the tensors are in files as the base's.
+        overwrite: Whether a model that is at `out` may be replaced; nothing else ever is.
+        say: Called with notes, before anything is written.
+        progress: Called with the bytes that were written and those there are to write.
+
+    Raises:
+        FileExistsError: there is something at `out`, and `overwrite` is not set or it is no model.
+        FileNotFoundError: the base or the adapter is not there.
+        ValueError: the two do not fit each other, a file is damaged, or a sum is infinite or no number.
+        OSError: the disk is full.
+        ModuleNotFoundError: safetensors is not installed.
+
+    >>> merge_checkpoint("no/such/model", "adapter", "out")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: there is no config.json in '.../no/such/model'...
+    """
+    source = opened(base)
+    target = local_path(out)
+    _check_places(source.folder, local_path(adapter), target)
+    _check_vacant(target, overwrite)
+    made = changes(source, read_peft(adapter))
+    entries = _entries(source, dtype)
+    files = _files(source, entries, shard_size)
+    copied, left_out = _others(source)
+    notes = [*made.notes]
+    if left_out:
+        notes.append(f"not copied, since they hold weights that are not merged: {', '.join(left_out)}")
+    for note in notes:
+        say(note)
+    created = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = None
+    try:
+        size = sum(entries[name].size for name in entries)
+        _check_space(target, size + sum((source.folder / name).stat().st_size for name in copied))
+        # Beside the target, since only inside one file system is a rename atomic.
+        staging = Path(tempfile.mkdtemp(prefix=".lora_jax-", dir=target.parent))
+        new = staging / "new"
+        new.mkdir()
+        leaves = _write(new, source, made, entries, files, lambda done: progress(done, size))
+        _write_rest(new, source, entries, files, copied, dtype)
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        _check_vacant(target, overwrite)
+        _put(new, target, staging / "old")
+        created = []
+    finally:
+        # What was at the target is only there if it could not be put back.
+        if staging is not None and (target.exists() or not (staging / "old").exists()):
+            shutil.rmtree(staging, ignore_errors=True)
+        for folder in created:  # of a merge that failed
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    return Merged(target, leaves, sorted(made.replaced), sorted(files), size, left_out, notes)
+
+
+def _check_places(base: Path, adapter: Path, target: Path) -> None:
+    for what, place in (("the base", base), ("the adapter", adapter)):
+        if target == place or target in place.parents:
+            raise ValueError(
+                f"{str(target)!r} is, or has in it, {what}, which would be lost; write another folder for "
+                "the merged model."
+            )
+    if base in target.parents:
+        raise ValueError(f"{str(target)!r} is inside of the base; write a folder beside it.")
+
+
+def _check_vacant(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"there is something at {str(target)!r} already; write another folder, or --overwrite to replace "
+            "a model."
+        )
+    if not (target / CONFIG).is_file():
+        raise FileExistsError(
+            f"{str(target)!r} holds no {CONFIG}, so it is no model, and --overwrite replaces nothing else. "
+            "Remove it, or write another folder."
+        )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(
+            f"the merged model takes {needed:,} bytes, and {free:,} are free at "
+            f"{str(target.parent)!r}. Nothing was written."
+        )
+
+
+def _entries(base: Checkpoint, dtype: str | None) -> dict[str, tensors.Entry]:
+    """By tensor, the dtype, shape and size it is to have."""
+    found = {name: base.entry(name) for name in base.owner}
+    return {
+        name: dataclasses.replace(
+            entry, dtype=dtype, size=tensors.DTYPES[dtype].itemsize * math.prod(entry.shape)
+        )
+        if dtype and entry.dtype in FLOATS
+        else entry
+        for name, entry in found.items()
+    }
+
+
+def _files(base: Checkpoint, entries: Mapping[str, tensors.Entry], limit: int | None) -> dict[str, list[str]]:
+    """By file, its tensors: as the base's are, or in order up to a size."""
+    if limit is None:
+        found: dict[str, list[str]] = {}
+        for name, file in base.owner.items():
+            found.setdefault(file, []).append(name)
+        return found
+    parts: list[list[str]] = []
+    room = 0
+    for name in base.owner:
+        size = entries[name].size
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _others(base: Checkpoint) -> tuple[list[str], list[str]]:
+    """The files to copy beside the weights, and those not to."""
+    copied, left_out = [], []
+    made_anew = (CONFIG, INDEX, *base.files)
+    for path in sorted(base.folder.rglob("*")):
+        name = path.relative_to(base.folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or not path.is_file() or str(name) in made_anew:
+            continue
+        weights = str(name).endswith(tuple(_OTHER_WEIGHTS))
+        # An adapter beside a model is loaded with it, and would be added once more.
+        if weights or name.name == "adapter_config.json":
+            left_out.append(str(name))
+        else:
+            copied.append(str(name))
+    return copied, left_out
+
+
+def _write(
+    folder: Path,
+    base: Checkpoint,
+    made: Changes,
+    entries: Mapping[str, tensors.Entry],
+    files: Mapping[str, Sequence[str]],
+    progress: Callable[[int], None],
+) -> list[MergedLeaf]:
+    sums: dict[str, Sums] = {}
+    done = 0
+    handles = {name: file.path.open("rb", buffering=0) for name, file in base.files.items()}
+    pool, syncing = ThreadPoolExecutor(_WORKERS), ThreadPoolExecutor(1)
+    unsynced: list[Future[None]] = []
+    try:
+        for file, names in files.items():
+            first = base.files[base.owner[names[0]]]
+            header = tensors.header(
+                {name: entries[name] for name in names}, {"format": "pt", **first.metadata}
+            )
+            with (folder / file).open("wb", buffering=0) as to:
+                _write_all(to, header)
+                for name, data, found in _made(pool, base, handles, made, entries, names):
+                    _write_all(to, data)
+                    if found is not None:
+                        sums.setdefault(name, Sums()).__iadd__(found)
+                    done += data.nbytes
+                    progress(done)
+                    if done // _SYNC > (done - data.nbytes) // _SYNC:
+                        # While others compute, rather than all at the end.
+                        unsynced.append(syncing.submit(os.fsync, to.fileno()))
+                os.fsync(to.fileno())
+                for future in unsynced:
+                    future.result()
+                unsynced.clear()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        syncing.shutdown(cancel_futures=True)
+        for handle in handles.values():
+            handle.close()
+    return [
+        _leaf(name, entries[name].dtype, made.updates[name], sums[name])
+        for name in base.owner
+        if name in sums
+    ]
+
+
+def _write_all(file: Any, data: Any) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
+
+
+def _made(
+    pool: ThreadPoolExecutor,
+    base: Checkpoint,
+    handles: Mapping[str, BinaryIO],
+    made: Changes,
+    entries: Mapping[str, tensors.Entry],
+    names: Sequence[str],
+) -> Iterator[tuple[str, np.ndarray, Sums | None]]:
+    """The bytes of tensors in order, made a few blocks ahead."""
+    ahead: collections.deque[Future[tuple[str, np.ndarray, Sums | None]]] = collections.deque()
+    for name in names:
+        old = base.entry(name)
+        kept = name not in made.updates and name not in made.replaced and entries[name].dtype == old.dtype
+        for start, stop in _pieces(old, kept):
+            task = (base, handles[base.owner[name]], made, entries[name].dtype, name, start, stop)
+            ahead.append(pool.submit(_copied if kept else _block, *task))
+            if len(ahead) > 2 * _WORKERS:
+                yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+def _pieces(entry: tensors.Entry, kept: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of a tensor's rows; of its bytes where they stay as they are."""
+    rows, columns = (entry.shape[0], math.prod(entry.shape[1:])) if entry.shape else (1, 1)
+    # Two counts of a column's rows share one number. A power of two leaves fewer blocks of other shapes, each
+    # of which is compiled.
+    fit = min(_BLOCK // max(1, columns), (1 << 15) - 1)
+    count, step = (entry.size, 4 * _BLOCK) if kept else (rows, 1 << max(0, fit.bit_length() - 1))
+    return ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _copied(
+    base: Checkpoint, file: BinaryIO, made: Changes, dtype: str, name: str, start: int, stop: int
+) -> tuple[str, np.ndarray, Sums | None]:
+    return name, _bytes(file, name, base.entry(name).start + start, stop - start), None
+
+
+def _block(
+    base: Checkpoint, file: BinaryIO, made: Changes, dtype: str, name: str, start: int, stop: int
+) -> tuple[str, np.ndarray, Sums | None]:
+    entry, to = base.entry(name), tensors.DTYPES[dtype]
+    row = entry.size // (entry.shape[0] if entry.shape else 1)
+    rows = slice(start, stop) if entry.shape else ()
+    update, whole = made.updates.get(name), made.replaced.get(name)
+    try:
+        if whole is not None:
+            new, sums = _cast(np.ascontiguousarray(whole[rows]), to), None
+        else:
+            data = _bytes(file, name, entry.start + start * row, (stop - start) * row)
+            old = data.view(tensors.DTYPES[entry.dtype])
+            new, sums = (_cast(old, to), None) if update is None else _sum(old, update.left[rows], update, to)
+    except ArithmeticError as error:
+        raise ValueError(
+            f"{name!r} would have infinite or undefined values in {dtype} at {error}, which are finite now. "
+            "Look for a diverged run (large values in A or B), or write a wider dtype: --dtype float32."
+        ) from None
+    return name, new.reshape(-1).view(np.uint8), sums
+
+
+def _leaf(name: str, dtype: str, update: Update, sums: Sums) -> MergedLeaf:
+    left, right = (x.astype(np.float64) for x in (update.left, update.right))
+    # ‖LR‖² through two small matrices.
+    squares = update.scale**2 * float(np.sum((left.T @ left) * (right @ right.T)))
+    delta = math.sqrt(max(squares, 0.0)) if sums.updated else 0.0
+    return MergedLeaf(
+        name,
+        tensors.DTYPES[dtype].name,
+        size=delta / math.sqrt(sums.old) if sums.old else 0.0,
+        lost=math.sqrt(sums.lost) / delta if delta else 0.0,
+        unmoved=sums.still / max(sums.updated, 1),
+    )
+
+
+def _write_rest(
+    folder: Path,
+    base: Checkpoint,
+    entries: Mapping[str, tensors.Entry],
+    files: Mapping[str, Sequence[str]],
+    copied: Sequence[str],
+    dtype: str | None,
+) -> None:
+    for name in copied:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / name, folder / name)
+    if dtype is None:
+        shutil.copyfile(base.folder / CONFIG, folder / CONFIG)
+    else:
+        text = json.dumps(_with_dtype(base.config, tensors.DTYPES[dtype].name), indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    if list(files) != [SINGLE]:
+        total = sum(entry.size for entry in entries.values())
+        place = {name: file for file, names in files.items() for name in names}
+        index = {
+            "metadata": {**base.metadata, "total_size": total},
+            "weight_map": dict(sorted(place.items())),
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config that says another dtype, by the field that it has."""
+    found = {
+        name: dtype
+        if name in ("dtype", "torch_dtype")
+        else _with_dtype(value, dtype)
+        if isinstance(value, dict) and {"dtype", "torch_dtype"} & set(value)
+        else value
+        for name, value in config.items()
+    }
+    return found if {"dtype", "torch_dtype"} & set(found) else {**found, "torch_dtype": dtype}
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    if path.is_dir() and os.name != "posix":
+        return  # only there may a folder be opened
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(new: Path, target: Path, old: Path) -> None:
+    """Rename a folder to where it belongs, with what was there put aside until it is."""
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:  # an interrupt between the two as well
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
