@@ -209,11 +209,10 @@ def _of_peft(adapter: PeftAdapter) -> dict[str, Any]:
     targets = []
     for name, update in adapter.updates.items():
         kind = adapter.kinds[name]
-        shape = [len(update.b), update.a.shape[1]]
         # alpha as in the config, of which the scale was made.
         rank = len(update.a)
         alpha = update.scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
-        targets.append(_target(name, kind, shape[::-1] if kind == "embedding" else shape, alpha, update))
+        targets.append(_target(name, kind, list(adapter.shapes[name]), alpha, update))
     facts = {
         "base_model": config.get("base_model_name_or_path"),
         "bias": config.get("bias", "none"),

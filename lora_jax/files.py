@@ -114,26 +114,35 @@ def _save(target: Path, adapter: Adapter, overwrite: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, since only inside one file system is a rename atomic.
     staging = Path(tempfile.mkdtemp(prefix=f".{_MARK}-", dir=target.parent))
+    new, old = staging / "new", staging / "old"
     try:
-        new, old = staging / "new", staging / "old"
         if _is_file(target):
             _write_safetensors(new, adapter, target)
         else:
             _write_directory(new, adapter, target)
         _check_vacant(target, overwrite)
+        put(new, target, old)
+        for folder in created:
+            sync(folder.parent)
+    finally:
+        # What was at the target is only there if it could not be put back.
+        if target.exists() or not old.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def put(new: Path, target: Path, old: Path) -> None:
+    """Rename a file or folder to where it belongs; a folder that was there is put aside until it is."""
+    try:
         if target.is_dir():
             os.rename(target, old)  # no rename replaces a directory that holds something
-            try:
-                os.rename(new, target)
-            except BaseException:
-                os.rename(old, target)
-                raise
+            os.rename(new, target)
         else:
             os.replace(new, target)
-        for folder in (target.parent, *(folder.parent for folder in created)):
-            _sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException:  # an interrupt between the two as well
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
 
 
 def load_adapter(path: str | os.PathLike[str], params: Any, *, check: bool = True) -> Any:
@@ -367,7 +376,7 @@ def _write_directory(new: Path, adapter: Adapter, target: Path) -> None:
     checksums = {name: _checksum(file.read_bytes()) for name, file in files.items()}
     (new / _SPEC_FILE).write_text(_seal(content, checksums), encoding="utf-8")
     for entry in (*_files(new), *(folder for folder in new.rglob("*") if folder.is_dir()), new):
-        _sync(entry)
+        sync(entry)
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -446,7 +455,7 @@ def _write_safetensors(new: Path, adapter: Adapter, target: Path) -> None:
             "without .safetensors makes a directory, which holds every dtype."
         ) from None
     new.write_bytes(data)
-    _sync(new)
+    sync(new)
 
 
 def _read_header(target: Path) -> dict[str, Any]:
@@ -472,7 +481,8 @@ def _read_safetensors(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         }
 
 
-def _sync(entry: Path) -> None:
+def sync(entry: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
     if entry.is_dir() and os.name != "posix":
         return  # only there may a folder be opened, to make its entries durable
     handle = os.open(entry, os.O_RDONLY if entry.is_dir() else os.O_RDWR)

@@ -51,13 +51,17 @@ class PeftAdapter:
         config: adapter_config.json.
         updates: By the module's name, its A, B and scale.
         kinds: By the module's name, "linear", "embedding" or "conv2d".
-        full: By name, parameters that were trained in full: biases, and those of modules_to_save.
+        shapes: By the module's name, the shape of torch's weight: (out, in), (num, dim) of an embedding,
+            (out, in, kh, kw).
+        full: By name, parameters that were trained in full: biases, and those of modules_to_save; mapped
+            from the file, as copies are.
         copies: By name, base weights that PEFT stored beside the adapter.
     """
 
     config: Mapping[str, Any]
     updates: Mapping[str, Factors]
     kinds: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
     full: Mapping[str, np.ndarray]
     copies: Mapping[str, np.ndarray]
 
@@ -122,17 +126,16 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
             found[module][part] = name
     _check_full(path, config, full, copies, found)
     _check_targets(path, config, found)
-    updates, kinds = {}, {}
+    updates, kinds, shapes = {}, {}, {}
     for module, parts in found.items():
-        updates[module], kinds[module] = _update(file, config, module, parts)
-    in_full = {name: _finite(file, key) for name, key in full.items()}
+        updates[module], kinds[module], shapes[module] = _update(file, config, module, parts)
+    in_full = {name: _finite(file, key, file.view(key)) for name, key in full.items()}
     # bias="all" and modules_to_save both write a saved module's bias.
     for one, other in twice:
-        if not np.array_equal(file.read(one), file.read(other)):
+        if not np.array_equal(file.view(one), file.view(other)):
             raise ValueError(f"{str(path)!r}: {one!r} and {other!r} are one parameter, and differ.")
-    return PeftAdapter(
-        config, updates, kinds, in_full, {name: file.read(key) for name, key in copies.items()}
-    )
+    kept = {name: file.view(key) for name, key in copies.items()}
+    return PeftAdapter(config, updates, kinds, shapes, in_full, kept)
 
 
 def _folder(folder: str | os.PathLike[str]) -> Path:
@@ -187,11 +190,13 @@ _PARTS = frozenset(
 )
 
 
-def _finite(file: tensors.File, name: str) -> np.ndarray:
-    value = file.read(name)
+def _finite(file: tensors.File, name: str, value: np.ndarray) -> np.ndarray:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{str(file.path)!r}: {name!r} has dtype {value.dtype.name}, and no floating one.")
-    if not np.isfinite(value.astype(np.float32) if value.dtype.itemsize < 4 else value).all():
+    flat, step = value.reshape(-1), 1 << 20
+    # Some versions of numpy have no isfinite of bfloat16.
+    blocks = (flat[at : at + step] for at in range(0, flat.size, step))
+    if not all(np.isfinite(x.astype(np.float32) if x.dtype.itemsize < 4 else x).all() for x in blocks):
         raise ValueError(
             f"{str(file.path)!r}: {name!r} has entries that are infinite or not a number: the file is "
             "damaged, or the run that wrote it diverged."
@@ -201,13 +206,13 @@ def _finite(file: tensors.File, name: str) -> np.ndarray:
 
 def _update(
     file: tensors.File, config: Mapping[str, Any], module: str, parts: Mapping[str, str]
-) -> tuple[Factors, str]:
+) -> tuple[Factors, str, tuple[int, ...]]:
     where = f"{str(file.path)!r}: {module!r}"
     embedding = any(part.startswith("lora_embedding") for part in parts)
     pair = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if set(parts) != set(pair):
         raise ValueError(f"{where} has {' and '.join(sorted(parts))}, and not both of {' and '.join(pair)}.")
-    a, b = (_finite(file, parts[part]) for part in pair)
+    a, b = (_finite(file, parts[part], file.read(parts[part])) for part in pair)
     kind = "embedding" if embedding else "conv2d" if a.ndim == 4 else "linear"
     rank = rank_of(config, module)
     if a.ndim != b.ndim or a.ndim != (4 if kind == "conv2d" else 2) or b.shape[2:] not in ((), (1, 1)):
@@ -220,7 +225,8 @@ def _update(
             f"{where}: A has shape {a.shape} and B {b.shape}, and the config gives rank {rank}: the two "
             "files do not belong together, or the layer is a grouped convolution, which is not implemented."
         )
-    return Factors(a.reshape(rank, -1), b.reshape(len(b), rank), scale_of(config, module, rank)), kind
+    shape = (a.shape[1], len(b)) if embedding else (len(b), *a.shape[1:])
+    return Factors(a.reshape(rank, -1), b.reshape(len(b), rank), scale_of(config, module, rank)), kind, shape
 
 
 def _check_targets(path: Path, config: Mapping[str, Any], found: Iterable[str]) -> None:
@@ -316,21 +322,13 @@ def load_peft(folder: str | os.PathLike[str], base: Any, rules: Iterable[Rule]) 
     by_name = {piece.name: piece for parts in table.values() for piece in parts}
     _check_names(where, by_name, [*(f"{module}.weight" for module in read.updates), *read.full, *read.copies])
     wrong = []
-    for module, update in read.updates.items():
+    for module, kind in read.kinds.items():
         piece = by_name[f"{module}.weight"]
-        kind = "linear" if piece.kind == "conv1d" else piece.kind
-        expected = (
-            math.prod(piece.size[x] for x in piece.inner),
-            math.prod(piece.size[x] for x in piece.outer),
-        )
-        if kind != read.kinds[module]:
+        ours = ("linear", piece.shape[::-1]) if piece.kind == "conv1d" else (piece.kind, piece.shape)
+        if (kind, read.shapes[module]) != ours:
             wrong.append(
-                f"{module} is of the kind {read.kinds[module]}, and the rule for {piece.path} says {kind}"
-            )
-        elif (update.a.shape[1], len(update.b)) != expected:
-            wrong.append(
-                f"{module} maps {update.a.shape[1]} to {len(update.b)} numbers, and {piece.path} "
-                f"{expected[0]} to {expected[1]}"
+                f"{module} is {kind} of shape {read.shapes[module]}, and {piece.path} by its rule "
+                f"{ours[0]} of shape {ours[1]}"
             )
     wrong += [
         f"{name} has shape {value.shape}, and {by_name[name].path} is {by_name[name].shape} there"
@@ -504,6 +502,8 @@ def _write(place: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
     try:
         tensors.write(weights, shapes, iter(arrays.values()), {"format": "pt"})
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Never the new weights beside the old config.
+        (place / CONFIG).unlink(missing_ok=True)
         os.replace(weights, place / WEIGHTS)
         os.replace(text, place / CONFIG)
     finally:

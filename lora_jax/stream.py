@@ -24,13 +24,11 @@ from jax import lax
 from lora_jax import tensors
 from lora_jax.check import MergedLeaf
 from lora_jax.factors import Factors
-from lora_jax.files import local_path
+from lora_jax.files import local_path, put, sync
+from lora_jax.hub import CONFIG, INDEX, SINGLE, Weights, opened, read_config
 from lora_jax.peft import PeftAdapter, read_peft
 from lora_jax.weight import wide_dtype
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that an update can be added to."""
 
@@ -50,95 +48,15 @@ _OTHER_WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model in the Hugging Face layout, of which the headers were read.
+class Checkpoint(Weights):
+    """A model's weights and its config.json."""
 
-    Attributes:
-        folder: Where it is.
-        config: config.json.
-        files: The safetensors files by name.
-        owner: By tensor, the name of its file; in the order of the files and their bytes.
-        metadata: What the index says beside the names.
-    """
-
-    folder: Path
     config: Mapping[str, Any]
-    files: Mapping[str, tensors.File]
-    owner: Mapping[str, str]
-    metadata: Mapping[str, Any]
-
-    def entry(self, name: str) -> tensors.Entry:
-        """Where a tensor lies."""
-        return self.files[self.owner[name]].entries[name]
 
 
-def opened(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Read config.json, the index if there is one, and the headers of the safetensors files.
-
-    Raises:
-        FileNotFoundError: there is no config.json, or no safetensors file.
-        ValueError: a file is damaged, or the index is not that of the files.
-        ModuleNotFoundError: safetensors is not installed.
-
-    >>> opened("no/such/model")
-    Traceback (most recent call last):
-        ...
-    FileNotFoundError: there is no config.json in '.../no/such/model'...
-    """
-    place = local_path(folder)
-    where = repr(str(place))
-    if not (place / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"there is no {CONFIG} in {where}; give the folder that transformers' save_pretrained wrote, or "
-            "that the model was downloaded to."
-        )
-    config = _json(place / CONFIG)
-    single, index = (place / SINGLE).is_file(), (place / INDEX).is_file()
-    if single and index:
-        raise ValueError(f"there are both {SINGLE} and {INDEX} in {where}; remove the one that is not meant.")
-    if single:
-        names, metadata, claimed = [SINGLE], {}, None
-    elif index:
-        content = _json(place / INDEX)
-        claimed, metadata = content.get("weight_map"), content.get("metadata") or {}
-        if not isinstance(claimed, dict) or not isinstance(metadata, dict) or not claimed:
-            raise ValueError(f"{str(place / INDEX)!r} has no weight_map of tensors to files.")
-        names = sorted({str(name) for name in claimed.values()})
-        stray = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-        if stray:
-            raise ValueError(f"{str(place / INDEX)!r} names {stray[0]!r}, which is no file beside it.")
-        missing = [name for name in names if not (place / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{where} has no {', '.join(missing)}, which its index names.")
-    else:
-        raise FileNotFoundError(
-            f"there is neither {SINGLE} nor {INDEX} in {where}. Other forms of weights are not read: load "
-            "the model in transformers and save it with save_pretrained(folder)."
-        )
-    files = {name: tensors.opened(place / name) for name in names}
-    owner: dict[str, str] = {}
-    for name, file in files.items():
-        for tensor in file.entries:
-            if tensor in owner:
-                raise ValueError(f"the tensor {tensor!r} is in both {owner[tensor]} and {name} of {where}.")
-            owner[tensor] = name
-    if claimed is not None and claimed != owner:
-        wrong = sorted(x for x in {**claimed, **owner} if claimed.get(x) != owner.get(x))
-        raise ValueError(
-            f"{str(place / INDEX)!r} does not agree with the files about {_some(wrong)}; fetch or save the "
-            "model again."
-        )
-    return Checkpoint(place, config, files, owner, metadata)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = tensors.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__} and no fields.")
-    return content
+def _checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    config = read_config(folder)
+    return Checkpoint(**vars(opened(folder)), config=config)
 
 
 def _some(items: Sequence[str], count: int = 5) -> str:
@@ -272,7 +190,7 @@ def _update(base: Checkpoint, name: str, adapter: PeftAdapter, module: str) -> U
     turned = Update(found.a.T, found.b.T, found.scale)
     if kind == "embedding" and shape == (inner, outer):
         return turned
-    if kind == "conv2d" and len(shape) == 4 and (shape[0], math.prod(shape[1:])) == (outer, inner):
+    if kind == "conv2d" and shape == adapter.shapes[module]:
         return straight
     if kind == "linear" and shape == (outer, inner):
         return turned if outer == inner and _is_conv1d(base, adapter, module) else straight
@@ -564,7 +482,7 @@ def merge_checkpoint(
         ...
     FileNotFoundError: there is no config.json in '.../no/such/model'...
     """
-    source = opened(base)
+    source = _checkpoint(base)
     target = local_path(out)
     _check_places(source.folder, local_path(adapter), target)
     _check_vacant(target, overwrite)
@@ -590,9 +508,9 @@ def merge_checkpoint(
         leaves = _write(new, source, made, entries, files, lambda done: progress(done, size))
         _write_rest(new, source, entries, files, copied, dtype)
         for path in (*new.rglob("*"), new):
-            _sync(path)
+            sync(path)
         _check_vacant(target, overwrite)
-        _put(new, target, staging / "old")
+        put(new, target, staging / "old")
         created = []
     finally:
         # What was at the target is only there if it could not be put back.
@@ -856,27 +774,3 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         for name, value in config.items()
     }
     return found if {"dtype", "torch_dtype"} & set(found) else {**found, "torch_dtype": dtype}
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
-    if path.is_dir() and os.name != "posix":
-        return  # only there may a folder be opened
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _put(new: Path, target: Path, old: Path) -> None:
-    """Rename a folder to where it belongs, with what was there put aside until it is."""
-    try:
-        if target.exists():
-            os.rename(target, old)
-        os.rename(new, target)
-    except BaseException:  # an interrupt between the two as well
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
-    _sync(target.parent)

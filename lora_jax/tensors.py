@@ -92,6 +92,18 @@ class File:
                 raise ValueError(f"{str(self.path)!r} ends inside of the tensor {name!r}; it is truncated.")
         return np.frombuffer(data, dtype_of(self, name)).reshape(entry.shape)
 
+    def view(self, name: str) -> np.ndarray:
+        """One tensor, mapped from the file and not to be written to: only what is used of it is read.
+
+        Raises:
+            ValueError: numpy has no such dtype.
+        """
+        entry, dtype = self.entries[name], dtype_of(self, name)
+        if not entry.size:
+            return np.zeros(entry.shape, dtype)
+        data = np.memmap(self.path, np.uint8, "r", entry.start, (entry.size,))
+        return np.asarray(data).view(dtype).reshape(entry.shape)
+
 
 def dtype_of(file: File, name: str) -> np.dtype[Any]:
     """The numpy dtype of one tensor of a file."""

@@ -611,7 +611,8 @@ def test_inspect_shows_what_the_dense_updates_have(tmp_path, capsys):
         rank = len(a)
         assert (target["kind"], target["rank"], target["alpha"], target["scale"]) == (kind, rank, 5, 5 / rank)
         delta = 5 / rank * b.reshape(len(b), rank).astype(float) @ a.reshape(rank, -1)
-        assert target["shape"] == list(delta.T.shape if kind == "embedding" else delta.shape)
+        shape = delta.T.shape if kind == "embedding" else (len(delta), *a.shape[1:])
+        assert target["shape"] == list(shape)
         measured = [target[key] for key in ("norm", "spectral_norm", "effective_rank")]
         assert measured == pytest.approx(of_dense(delta), rel=1e-6)
         assert (target["norm_a"], target["norm_b"]) == pytest.approx((np.linalg.norm(a), np.linalg.norm(b)))

@@ -308,7 +308,7 @@ def load(
         FileNotFoundError: config.json or the weights are missing.
         ValueError: the configuration is not served, the tensors do not fit it, or there is no such head.
     """
-    found, raw = hub.tensors(folder), hub.config(folder)
+    found, raw = hub.stored(folder), hub.config(folder)
     base = "roberta." if raw.get("model_type") == "roberta" else "bert."
     prefix = hub.prefix(found, (base, ""), "embeddings.word_embeddings.weight")
     roberta = base == "roberta."

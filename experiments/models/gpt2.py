@@ -237,7 +237,7 @@ def load(
     """
     config = GPT2Config.from_dict(hub.config(folder), scan)
     dtype = jnp.dtype(hub.one_dtype(folder) if dtype is None else dtype)
-    prefix = hub.prefix(hub.tensors(folder), ("transformer.", ""), "wte.weight")
+    prefix = hub.prefix(hub.stored(folder), ("transformer.", ""), "wte.weight")
     # The masks that old files hold, and the copy of a tied embedding.
     unused = [rf"{re.escape(prefix)}h\.\d+\.attn\.(masked_)?bias"]
     unused += [r"lm_head\.weight"] if config.tie_embeddings else []

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import names
+from lora_jax import hub, names, tensors
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import is_wrapped_leaf
 
@@ -36,47 +36,11 @@ ACTIVATIONS = {
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), jax.nn.gelu),
     **{"relu": jax.nn.relu, "silu": jax.nn.silu, "swish": jax.nn.silu, "tanh": jnp.tanh},
 }
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# safetensors' own numpy reader has no bfloat16 and none of the types of one byte.
-DTYPES = {
-    code: np.dtype(dtype)
-    for code, dtype in {
-        **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": jnp.bfloat16, "BOOL": "bool"},
-        **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "F8_E4M3": jnp.float8_e4m3fn},
-        **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "F8_E5M2": jnp.float8_e5m2},
-    }.items()
-}
-
-
-class Tensor(NamedTuple):
-    """A tensor in a file: its dtype, its shape, and where its bytes start."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    def view(self) -> np.ndarray:
-        """The values, mapped from the file: only what is used of them is read."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        if not size:
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.file, np.uint8, "r", self.start, (size,)).view(self.dtype).reshape(self.shape)
 
 
 def config(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's config.json."""
-    return _json(Path(folder) / "config.json")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is truncated, damaged or no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold one JSON object, and holds a {type(content).__name__}.")
-    return content
+    return hub.read_config(folder)
 
 
 def require(raw: Mapping[str, Any], served: Mapping[str, Sequence[Any]]) -> None:
@@ -88,62 +52,34 @@ def require(raw: Mapping[str, Any], served: Mapping[str, Sequence[Any]]) -> None
             )
 
 
-def tensors(folder: str | Path) -> dict[str, Tensor]:
+class Tensor(NamedTuple):
+    """A tensor in a file."""
+
+    file: tensors.File
+    name: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return tensors.dtype_of(self.file, self.name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.entries[self.name].shape
+
+    def view(self) -> np.ndarray:
+        """The values, mapped from the file: only what is used of them is read."""
+        return self.file.view(self.name)
+
+
+def stored(folder: str | Path) -> dict[str, Tensor]:
     """What a folder's safetensors files hold, by name; only their headers are read.
 
     Raises:
         FileNotFoundError: there are no such files, or one that the index names is missing.
         ValueError: a file is damaged, or does not hold what the index says.
     """
-    folder = Path(folder)
-    files, listed = [SINGLE], None
-    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
-        listed = _json(folder / INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise ValueError(
-                f"{folder / INDEX} has no weight_map from the names of tensors to those of files."
-            )
-        files = sorted(set(listed.values()))
-    found: dict[str, Tensor] = {}
-    for file in files:
-        if Path(file).name != file:
-            raise ValueError(f"{folder / INDEX} names {file!r}; shards lie beside their index.")
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} is missing; the weights must be in safetensors files.")
-        for name, tensor in _header(folder / file).items():
-            if listed is not None and listed.get(name) != file:
-                raise ValueError(f"{folder / file} holds {name!r}, and {INDEX} says {listed.get(name)!r}.")
-            found[name] = tensor
-    if listed is not None and (absent := [name for name in listed if name not in found]):
-        raise ValueError(f"{folder}: {INDEX} names tensors that no file holds: {_some(absent)}.")
-    return found
-
-
-def _header(file: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ModuleNotFoundError(
-            'reading weights needs safetensors; run: pip install -e ".[experiments]"'
-        ) from None
-    try:
-        # It checks the header's length, and that the shapes and offsets fit the file.
-        with safe_open(file, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated, damaged or no safetensors file: {error}") from None
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    unknown = [f"{name} ({entry['dtype']})" for name, entry in header.items() if entry["dtype"] not in DTYPES]
-    if unknown:
-        raise ValueError(f"{file}: no array has the dtype of {_some(unknown)}.")
-    found = {}
-    for name, entry in header.items():
-        start = 8 + length + entry["data_offsets"][0]
-        found[name] = Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
-    return found
+    found = hub.opened(folder)
+    return {name: Tensor(found.files[file], name) for name, file in found.owner.items()}
 
 
 def prefix(found: Iterable[str], candidates: Sequence[str], probe: str) -> str:
@@ -158,7 +94,7 @@ def one_dtype(folder: str | Path) -> np.dtype:
     Raises:
         ValueError: there are several.
     """
-    kinds = {t.dtype for t in tensors(folder).values() if jnp.issubdtype(t.dtype, jnp.floating)}
+    kinds = {t.dtype for t in stored(folder).values() if jnp.issubdtype(t.dtype, jnp.floating)}
     if len(kinds) != 1:
         raise ValueError(
             f"{folder}: several dtypes {sorted(map(str, kinds))}; choose one: load(folder, dtype=...)"
@@ -194,7 +130,7 @@ def load(
         FileNotFoundError: files are missing.
         ValueError: tensors and template do not fit each other, with the names of all that do not.
     """
-    found = tensors(folder)
+    found = stored(folder)
     leaves = dict(leaves_with_path(template))
     named = names.named(template, rules)
     problems = [f"{path} has no rule" for path in leaves if path not in named]
@@ -212,10 +148,10 @@ def load(
     problems += [f"{name!r} is not part of the model" for name in extra]
     kinds = {}
     for path, parts in named.items():
-        stored = {found[piece.name].dtype for piece in parts if piece.name in found}
-        if dtype is None and len(stored) > 1:
-            problems.append(f"{path} is stored in several dtypes {sorted(map(str, stored))}; give a dtype")
-        kinds[path] = np.dtype(next(iter(stored), np.float32) if dtype is None else dtype)
+        dtypes = {found[piece.name].dtype for piece in parts if piece.name in found}
+        if dtype is None and len(dtypes) > 1:
+            problems.append(f"{path} is stored in several dtypes {sorted(map(str, dtypes))}; give a dtype")
+        kinds[path] = np.dtype(next(iter(dtypes), np.float32) if dtype is None else dtype)
         if jax.dtypes.canonicalize_dtype(kinds[path]) != kinds[path]:
             problems.append(f"{path} is {kinds[path]}, which jax rounds without jax_enable_x64; give a dtype")
     if problems:
@@ -297,7 +233,7 @@ def save(
         ValueError: leaves have no rule, or a dtype that the format cannot hold.
     """
     folder = Path(folder)
-    patterns = (SINGLE, "model-?????-of-?????.safetensors", INDEX)
+    patterns = (hub.SINGLE, "model-?????-of-?????.safetensors", hub.INDEX)
     old = [file for pattern in patterns for file in folder.glob(pattern)]
     present = [*old, *folder.glob("config.json")]
     if present and not overwrite:
@@ -307,10 +243,13 @@ def save(
         )
     leaves = dict(leaves_with_path(params, is_wrapped_leaf))
     named = names.named(params, rules)
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     problems = [f"{path} has no rule" for path in leaves if path not in named]
     problems += [f"{path} is wrapped: merge first" for path, leaf in leaves.items() if is_wrapped_leaf(leaf)]
-    problems += [f"{path} is {leaves[path].dtype}" for path in named if leaves[path].dtype not in codes]
+    problems += [
+        f"{path} is {leaves[path].dtype}"
+        for path in named
+        if leaves[path].dtype not in tensors.DTYPES.values()
+    ]
     problems += [
         f"{path} lies in part on other processes: gather it first"
         for path, leaf in leaves.items()
@@ -333,18 +272,18 @@ def save(
         filled, total = filled + size, total + size
     count = len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    files = [SINGLE] if count == 1 else files
+    files = [hub.SINGLE] if count == 1 else files
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         for file, shard in zip(files, shards, strict=True):
-            _write(staging / file, shard, leaves, codes)
+            _write(staging / file, shard, leaves)
         made = [*files]
         if count > 1:
             index = {piece.name: file for file, shard in zip(files, shards, strict=True) for piece in shard}
             content = {"metadata": {"total_size": total}, "weight_map": index}
-            (staging / INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
-            made.append(INDEX)
+            (staging / hub.INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            made.append(hub.INDEX)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in [*made, "config.json"]:
             os.replace(staging / file, folder / file)
@@ -355,26 +294,15 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(file: Path, shard: list[names.Piece], leaves: Mapping[str, Any], codes: Mapping[Any, str]) -> None:
+def _write(file: Path, shard: list[names.Piece], leaves: Mapping[str, Any]) -> None:
     # Wider numbers first, so that each lies at a multiple of its size.
     shard = sorted(shard, key=lambda piece: -leaves[piece.path].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for piece in shard:
-        dtype = leaves[piece.path].dtype
-        start, end = end, end + math.prod(piece.shape) * dtype.itemsize
-        entry = {"dtype": codes[dtype], "shape": list(piece.shape), "data_offsets": [start, end]}
-        header[piece.name] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for path, parts in itertools.groupby(shard, key=lambda piece: piece.path):
-            host = _on_host(leaves[path])
-            for piece in parts:
-                stream.write(np.ascontiguousarray(piece.of(host)).reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    kinds = {piece.name: (tensors.name_of(leaves[piece.path].dtype), piece.shape) for piece in shard}
+    by_leaf = itertools.groupby(shard, key=lambda piece: piece.path)
+    arrays = (
+        piece.of(host) for path, parts in by_leaf for host in [_on_host(leaves[path])] for piece in parts
+    )
+    tensors.write(file, kinds, arrays, {"format": "pt"})
 
 
 def _on_host(leaf: Any) -> np.ndarray:
