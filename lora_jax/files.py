@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lora_jax import nnx
+from lora_jax import nnx, tensors
 from lora_jax import params as params_lib
 from lora_jax.params import Adapter
 from lora_jax.tree import leaves_with_path
@@ -32,8 +32,6 @@ FORMAT = 1
 _MARK = "lora_jax"  # the key in a safetensors header, and the name of a directory's spec file
 _SPEC_FILE = f"{_MARK}.json"
 _ARRAYS = "arrays"
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "C64": np.complex64}
-_INSTALL = 'pip install "lora-jax[safetensors]"'
 
 
 def save_adapter(path: str | os.PathLike[str], wrapped: Any, *, overwrite: bool = False) -> None:
@@ -430,55 +428,37 @@ def _read_directory(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
         return content, arrays | empty
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"an adapter in one .safetensors file needs the package safetensors: {_INSTALL}. Without it, "
-            "write a path without that ending."
-        ) from None
-    return safetensors
-
-
 def _write_safetensors(new: Path, adapter: Adapter, target: Path) -> None:
-    library = _safetensors()
+    tensors.library(target)
     content, arrays = _encode(adapter)
     host = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+    for name, x in host.items():
+        if x.dtype not in tensors.DTYPES.values():
+            raise ValueError(
+                f"the adapter cannot be written to {str(target)!r}: {name!r} is {x.dtype.name}, which the "
+                "format has not. A path without .safetensors makes a directory, which holds every dtype."
+            )
     checksums = {name: _checksum(x.tobytes()) for name, x in host.items()}
-    try:
-        data = library.numpy.save(host, metadata={_MARK: _seal(content, checksums)})
-    except Exception as error:
-        raise ValueError(
-            f"the adapter cannot be written to {str(target)!r}: {type(error).__name__}: {error}. A path "
-            "without .safetensors makes a directory, which holds every dtype."
-        ) from None
-    new.write_bytes(data)
-    sync(new)
+    kinds = {name: (tensors.name_of(x.dtype), x.shape) for name, x in host.items()}
+    tensors.write(new, kinds, iter(host.values()), {_MARK: _seal(content, checksums)})
 
 
-def _read_header(target: Path) -> dict[str, Any]:
-    library = _safetensors()
+def _read_header(target: Path) -> tuple[tensors.File, dict[str, Any]]:
     if not target.is_file():
         raise _foreign(target, "it is a folder, whose name must not end in .safetensors")
-    with _damage(target, "its header cannot be read"), library.safe_open(target, framework="numpy") as file:
-        metadata = file.metadata() or {}
-    if _MARK not in metadata:
+    with _damage(target, "its header cannot be read"):
+        file = tensors.opened(target)
+    if _MARK not in file.metadata:
         raise _foreign(target, f"the header of the safetensors file has no entry {_MARK!r}")
-    return _unseal(metadata[_MARK], target)
+    return file, _unseal(file.metadata[_MARK], target)
 
 
 def _read_safetensors(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    content = _read_header(target)
+    file, content = _read_header(target)
     with _damage(target, "its arrays cannot be read"):
-        # Its own numpy reader knows no bfloat16.
-        raw = dict(_safetensors().deserialize(target.read_bytes()))
-        _check_sums({name: _checksum(entry["data"]) for name, entry in raw.items()}, content)
-        return content, {
-            name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            for name, entry in raw.items()
-        }
+        arrays = {name: file.read(name) for name in file.entries}
+        _check_sums({name: _checksum(x.tobytes()) for name, x in arrays.items()}, content)
+        return content, arrays
 
 
 def sync(entry: Path) -> None:

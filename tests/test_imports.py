@@ -28,7 +28,7 @@ ALLOWED = {
     "axes": {"tree", "weight", "nnx", "interpret", "rules", "rules.control", "rules.shape"},
     "train": {"tree", "weight", "nnx", "params", "interpret", "sharding"},
     "check": {"tree", "weight", "nnx", "params", "interpret"},
-    "files": {"tree", "weight", "nnx", "params"},
+    "files": {"tree", "weight", "nnx", "params", "tensors"},
     "saves": {"tree", "weight", "nnx", "params", "train"},
     "checkpoint": {"files", "saves", "train"},
     "tensors": set(),
