@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_jax import tensors
 from lora_jax.files import local_path
+from lora_jax.tree import some
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -58,7 +59,7 @@ def opened(folder: str | os.PathLike[str]) -> Weights:
     if single:
         names, metadata, claimed = [SINGLE], {}, None
     elif index:
-        content = read_json(place / INDEX)
+        content = tensors.read_json(place / INDEX)
         claimed, metadata = content.get("weight_map"), content.get("metadata") or {}
         if not isinstance(claimed, dict) or not isinstance(metadata, dict) or not claimed:
             raise ValueError(f"{str(place / INDEX)!r} has no weight_map of tensors to files.")
@@ -84,7 +85,7 @@ def opened(folder: str | os.PathLike[str]) -> Weights:
     if claimed is not None and claimed != owner:
         wrong = sorted(x for x in {**claimed, **owner} if claimed.get(x) != owner.get(x))
         raise ValueError(
-            f"{str(place / INDEX)!r} does not agree with the files about {_some(wrong)}; fetch or save the "
+            f"{str(place / INDEX)!r} does not agree with the files about {some(wrong)}; fetch or save the "
             "model again."
         )
     return Weights(place, files, owner, metadata)
@@ -103,20 +104,4 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"there is no {CONFIG} in {str(place)!r}; give the folder that transformers' save_pretrained "
             "wrote, or that the model was downloaded to."
         )
-    return read_json(place / CONFIG)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, none of which may stand there twice."""
-    try:
-        content = tensors.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__} and no fields.")
-    return content
-
-
-def _some(items: Sequence[str], count: int = 5) -> str:
-    shown = ", ".join(map(repr, items[:count]))
-    return f"{shown} and {len(items) - count} more" if len(items) > count else shown
+    return tensors.read_json(place / CONFIG)

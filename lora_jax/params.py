@@ -16,7 +16,7 @@ from jax.core import Tracer
 from lora_jax import initializers, nnx
 from lora_jax import targets as targets_lib
 from lora_jax.layouts import is_floating, known_layouts
-from lora_jax.tree import leaves_with_path, map_with_path, structure_difference
+from lora_jax.tree import leaves_with_path, map_with_path, some, structure_difference
 from lora_jax.weight import FullWeight, LoraWeight, check_whole, is_wrapped_leaf, sizes, wide_dtype
 
 Leaf = LoraWeight | FullWeight
@@ -244,15 +244,10 @@ def _raise_unfinite(checks: Mapping[str, Any]) -> None:
     bad = [path for path, fine in zip(concrete, values, strict=True) if not fine]
     if bad:
         raise ValueError(
-            f"merging gives infinite or undefined entries where the base is finite, at {_some(bad)}. Look "
+            f"merging gives infinite or undefined entries where the base is finite, at {some(bad)}. Look "
             "for a diverged run (NaN in a or b), or merge into a wider dtype: "
             "merge(wrapped, dtype=jnp.float32)."
         )
-
-
-def _some(paths: Sequence[str], count: int = 5) -> str:
-    shown = ", ".join(repr(path) for path in paths[:count])
-    return f"{shown} and {len(paths) - count} more" if len(paths) > count else shown
 
 
 def _placed_as(value: Any, source: Any) -> Any:
@@ -580,7 +575,7 @@ def attach(params: Any, adapter: Any, check: bool = True) -> Any:
     already = list(_wrapped_items(tree))
     if already:
         raise ValueError(
-            f"attach: the base is wrapped already, at {_some(already)}. Give the plain parameters, or write "
+            f"attach: the base is wrapped already, at {some(already)}. Give the plain parameters, or write "
             "swap(wrapped, adapter)."
         )
     if check and not isinstance(adapter, Adapter):

@@ -36,7 +36,7 @@ from lora_jax.peft_config import (
     selects,
     unserved,
 )
-from lora_jax.tree import leaves_with_path, nearest
+from lora_jax.tree import leaves_with_path, nearest, some
 from lora_jax.weight import FullWeight, LoraWeight, is_wrapped_leaf, wide_dtype
 
 WEIGHTS = "adapter_model.safetensors"
@@ -233,7 +233,7 @@ def _check_targets(path: Path, config: Mapping[str, Any], found: Iterable[str]) 
     stray = [module for module in found if not is_target(config, module)]
     if stray:
         raise ValueError(
-            f"{str(path)!r} has factors for {_some(stray)}, which target_modules, exclude_modules and "
+            f"{str(path)!r} has factors for {some(stray)}, which target_modules, exclude_modules and "
             "layers_to_transform of the config leave out: the two files do not belong together."
         )
     for name in ("rank_pattern", "alpha_pattern"):
@@ -255,7 +255,7 @@ def _check_full(
     stray = [name for name in full if not is_full(config, name, found)]
     if stray:
         raise ValueError(
-            f"{str(path)!r} holds {_some([full[name] for name in stray])}, which "
+            f"{str(path)!r} holds {some([full[name] for name in stray])}, which "
             f"bias={config.get('bias', 'none')!r} and modules_to_save={config.get('modules_to_save')} of the "
             "config do not name. An embedding is saved by "
             "save_embedding_layers=False without its table."
@@ -267,14 +267,8 @@ def _check_full(
     ]
     if foreign:
         raise ValueError(
-            f"{str(path)!r} holds {_some(foreign)} of modules that are neither adapted nor trained in full."
+            f"{str(path)!r} holds {some(foreign)} of modules that are neither adapted nor trained in full."
         )
-
-
-def _some(items: Iterable[str], count: int = 5) -> str:
-    items = list(items)
-    shown = ", ".join(map(repr, items[:count]))
-    return f"{shown} and {len(items) - count} more" if len(items) > count else shown
 
 
 # --- Onto a tree --------------------------------------------------------------------------------------
@@ -394,8 +388,8 @@ def _check_names(where: str, by_name: Mapping[str, Piece], names: Sequence[str])
                 hint = f" The rules' names fit {text} {prefix!r} in front: prefix='...' of a rule set."
     close = nearest(unknown[0], by_name)
     raise ValueError(
-        f"{where} has parameters that no leaf is by these rules: {_some(unknown)}. The nearest names "
-        f"that the rules give are {_some(close)}.{hint} Write a rule for them, or give the base they are for."
+        f"{where} has parameters that no leaf is by these rules: {some(unknown)}. The nearest names "
+        f"that the rules give are {some(close)}.{hint} Write a rule for them, or give the base they are for."
     )
 
 
@@ -403,7 +397,7 @@ def _check_missing(where: str, read: PeftAdapter, by_name: Mapping[str, Piece]) 
     lost = [name for name in by_name if name not in read.full and is_full(read.config, name, read.updates)]
     if lost:
         raise ValueError(
-            f"{where} does not hold {_some(lost)}, which bias or modules_to_save of its config name: tensors "
+            f"{where} does not hold {some(lost)}, which bias or modules_to_save of its config name: tensors "
             "were lost."
         )
     if read.config.get("target_modules") in (None, "all-linear"):
@@ -416,7 +410,7 @@ def _check_missing(where: str, read: PeftAdapter, by_name: Mapping[str, Piece]) 
     ]
     if missing:
         raise ValueError(
-            f"{where} has no factors for {_some(missing)}, which its config targets: tensors were lost, "
+            f"{where} has no factors for {some(missing)}, which its config targets: tensors were lost, "
             "or the base has more layers than the adapter's."
         )
 
@@ -518,7 +512,7 @@ def _to_peft(tree: Any, rules: list[Rule], target: str) -> tuple[dict[str, Any],
     unnamed = [path for path in leaves if path not in table]
     if unnamed:
         raise ValueError(
-            f"no rule names {_some(unnamed)}. Write one: "
+            f"no rule names {some(unnamed)}. Write one: "
             f"lora_jax.names.Rule({unnamed[0]!r}, '....weight', 'linear')."
         )
     updates: dict[str, tuple[Piece, Factors]] = {}
@@ -637,12 +631,12 @@ def _folded(
     """Every scale in B, and every rank filled up with zeros to the largest: what vLLM reads."""
     if full:
         raise ValueError(
-            f"vLLM loads no biases and no modules_to_save, and {_some(full)} are trained in full. Merge "
+            f"vLLM loads no biases and no modules_to_save, and {some(full)} are trained in full. Merge "
             "instead."
         )
     convolutions = [module for module, (piece, _) in updates.items() if piece.kind == "conv2d"]
     if convolutions:
-        raise ValueError(f"vLLM adapts no convolutions, and {_some(convolutions)} are some. Merge instead.")
+        raise ValueError(f"vLLM adapts no convolutions, and {some(convolutions)} are some. Merge instead.")
     rank = max(len(update.a) for _, update in updates.values())
     found = {}
     for module, (piece, update) in updates.items():
@@ -672,7 +666,7 @@ def _in_full(full: Mapping[str, Any], names: set[str], updates: Mapping[str, Any
     others += [module for module in updates if in_saved(map(re.escape, saved), module)]
     if saved and others:
         raise ValueError(
-            f"PEFT's modules_to_save={saved} would take in {_some(others)} too, which is not trained in "
+            f"PEFT's modules_to_save={saved} would take in {some(others)} too, which is not trained in "
             "full. Train those too, or merge."
         )
     left = set(full) - {name for module in saved for name in by_module[module]}
@@ -684,7 +678,7 @@ def _in_full(full: Mapping[str, Any], names: set[str], updates: Mapping[str, Any
     if left <= biases and biases <= set(full):
         return "all", saved
     raise ValueError(
-        f"PEFT has no form for {_some(sorted(left))} trained in full: it saves whole modules (weight and "
+        f"PEFT has no form for {some(sorted(left))} trained in full: it saves whole modules (weight and "
         "bias), all biases, or the biases of adapted modules. Train one of those, or merge."
     )
 
@@ -747,7 +741,7 @@ def load_loralib(
     _check_names("the state", by_name, [*(f"{module}.weight" for module in pairs), *full])
     unused = [module for module in enable_lora or {} if module not in pairs]
     if unused:
-        raise ValueError(f"enable_lora names {_some(unused)}, and the state has factors for {_some(pairs)}.")
+        raise ValueError(f"enable_lora names {some(unused)}, and the state has factors for {some(pairs)}.")
     updates = {
         module: _loralib_update(
             module, pair, by_name[f"{module}.weight"], scale, (enable_lora or {}).get(module)

@@ -38,12 +38,7 @@ _KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 def read_config(path: Path) -> dict[str, Any]:
     """The fields, each of the form it must have, with those refused whose meaning is not implemented."""
-    try:
-        config = tensors.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}. Fetch or save the adapter again.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(config).__name__} and not the fields of an adapter.")
+    config = tensors.read_json(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(
             f"{str(path)!r}: peft_type is {config.get('peft_type')!r}; adapters of type 'LORA' are read."

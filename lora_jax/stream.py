@@ -27,6 +27,7 @@ from lora_jax.factors import Factors
 from lora_jax.files import local_path, put, sync
 from lora_jax.hub import CONFIG, INDEX, SINGLE, Weights, opened, read_config
 from lora_jax.peft import PeftAdapter, read_peft
+from lora_jax.tree import some
 from lora_jax.weight import wide_dtype
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -57,11 +58,6 @@ class Checkpoint(Weights):
 def _checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     config = read_config(folder)
     return Checkpoint(**vars(opened(folder)), config=config)
-
-
-def _some(items: Sequence[str], count: int = 5) -> str:
-    shown = ", ".join(map(repr, items[:count]))
-    return f"{shown} and {len(items) - count} more" if len(items) > count else shown
 
 
 # --- What changes -------------------------------------------------------------------------------------
@@ -129,7 +125,7 @@ def changes(base: Checkpoint, adapter: PeftAdapter) -> Changes:
         _require_float(base, name)
     both = sorted(set(updates) & set(replaced))
     if both:
-        raise ValueError(f"the adapter both adapts {_some(both)} and holds it in full.")
+        raise ValueError(f"the adapter both adapts {some(both)} and holds it in full.")
     for table in [name for name in (*updates, *replaced) if _is_table(name)]:
         head, note = _tied_to(base, table, tied)
         if head and table in updates:
@@ -177,7 +173,7 @@ def _named(base: Checkpoint, names: Sequence[str]) -> tuple[dict[str, str], list
     listed = "\n".join(f"  {name}" for name in unknown)
     raise ValueError(
         f"{len(unknown)} of the adapter's {len(names)} parameters are not in {where}, with names such as "
-        f"{_some(list(base.owner), 3)}. Nothing was written.{hint} Not found are:\n{listed}"
+        f"{some(list(base.owner), 3)}. Nothing was written.{hint} Not found are:\n{listed}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.layouts import Axes, Layout, Leaf, Reader, Shape, in_head, read_leaves
-from lora_jax.tree import Pattern, compile_pattern, literal, matches, nearest
+from lora_jax.tree import Pattern, compile_pattern, literal, matches, nearest, some
 from lora_jax.weight import Block, check_axes, is_wrapped_leaf, sizes
 
 
@@ -111,7 +111,7 @@ def resolve(
     overlap = [path for path in full if path in chosen]
     if overlap:
         raise ValueError(
-            f"{_some(overlap)} would be both adapted and trained in full: write "
+            f"{some(overlap)} would be both adapted and trained in full: write "
             f"exclude={literal(overlap[0])!r} to train in full alone, or take the path out of train."
         )
     reader = Reader(leaves)
@@ -151,7 +151,7 @@ def _check_tree(leaves: Sequence[Leaf]) -> None:
     wrapped = [leaf.path for leaf in leaves if is_wrapped_leaf(leaf.value)]
     if wrapped:
         raise ValueError(
-            f"the tree is wrapped already, at {_some(wrapped)}. Write wrap(lora_jax.merge(wrapped), ...) "
+            f"the tree is wrapped already, at {some(wrapped)}. Write wrap(lora_jax.merge(wrapped), ...) "
             "to start from the merged weights, or wrap the plain tree again with all targets at once."
         )
     seen: set[str] = set()
@@ -194,7 +194,7 @@ def _chosen(name: str, given: Any, leaves: Sequence[Leaf]) -> set[str]:
 
 def _nothing(what: str, pattern: Pattern, paths: Sequence[str]) -> str:
     if callable(pattern):
-        return f"{what} selects none of the {len(paths)} leaves; the first paths are {_some(paths)}."
+        return f"{what} selects none of the {len(paths)} leaves; the first paths are {some(paths)}."
     close = nearest(pattern, paths)
     return (
         f"{what} matches no path. A pattern matches whole path segments; the nearest paths are "
@@ -229,7 +229,7 @@ def _targets(
         if not hits:
             shut = [leaf.path for leaf in everything if matches(pattern, leaf.path, leaf.value)]
             if shut:
-                raise ValueError(f"targets={pattern!r} matches only what exclude takes out: {_some(shut)}.")
+                raise ValueError(f"targets={pattern!r} matches only what exclude takes out: {some(shut)}.")
             raise ValueError(_nothing(f"targets={pattern!r}", pattern, [leaf.path for leaf in leaves]))
         taken = [leaf for leaf in hits if _adaptable(leaf, pattern, given, lookups)]
         if lookups is not None:
@@ -268,7 +268,7 @@ def _default_targets(
         ]
         if heads and not head:
             raise ValueError(
-                f"the only linear kernels are an output head's, {_some(heads)}, which the default leaves "
+                f"the only linear kernels are an output head's, {some(heads)}, which the default leaves "
                 "alone. Write targets='all' to adapt it, or train='...' to train it in full."
             )
         if lookups is not None and not given:
@@ -280,13 +280,13 @@ def _default_targets(
         if lookups:
             raise ValueError(
                 f"in the trace that the axes are from the only linear weights are look-up tables, "
-                f"{_some(sorted(lookups))}, which the default leaves alone. Name one: targets='...'."
+                f"{some(sorted(lookups))}, which the default leaves alone. Name one: targets='...'."
             )
         shown = [f"{leaf.path} {tuple(leaf.value.shape)}" for leaf in leaves if leaf.matrix]
         raise ValueError(
             "no linear kernel is recognised here. Name what to adapt and say what its axes are: "
             "wrap(params, rank, targets='...', axes={'...': ('in', 'out')}). Floating leaves of two or more "
-            f"dimensions: {_some(shown) if shown else 'none'}."
+            f"dimensions: {some(shown) if shown else 'none'}."
         )
     return found
 
@@ -584,8 +584,3 @@ def _checked_dropout(path: str, dropout: Any) -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, int | float | np.number) or not 0 <= dropout < 1:
         raise ValueError(f"dropout of {path!r} is {dropout!r}; write a rate in [0, 1).")
     return float(dropout)
-
-
-def _some(items: Sequence[str], count: int = 5) -> str:
-    shown = ", ".join(repr(item) for item in items[:count])
-    return f"{shown} and {len(items) - count} more" if len(items) > count else shown

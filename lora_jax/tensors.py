@@ -161,15 +161,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def loads(text: str | bytes) -> Any:
-    """JSON in which no key stands twice in one object.
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, none of which may stand there twice.
 
-    >>> loads('{"r": 4, "r": 8}')
-    Traceback (most recent call last):
-        ...
-    ValueError: the key 'r' stands there twice
+    Raises:
+        ValueError: it is no JSON, or no object.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}. Fetch or save it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__} and no fields.")
+    return content
 
 
 def header(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -138,6 +138,17 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
     return sorted(paths, key=lambda path: (-likeness(path), path))[:count]
 
 
+def some(items: Iterable[str], count: int = 5) -> str:
+    """The first few of some names, for an error that lists them.
+
+    >>> some(["a", "b", "c"], count=2)
+    "'a', 'b' and 1 more"
+    """
+    items = list(items)
+    shown = ", ".join(map(repr, items[:count]))
+    return f"{shown} and {len(items) - count} more" if len(items) > count else shown
+
+
 def structure_difference(expected: Any, actual: Any, is_leaf: Callable[[Any], bool] | None = None) -> str:
     """What two trees' paths differ by, as text; empty when they do not differ.
 

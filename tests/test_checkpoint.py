@@ -1,6 +1,5 @@
 """A run that is stopped, killed or moved goes on as if nothing had happened, and nothing is lost."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -186,30 +185,15 @@ def test_the_state_goes_on_and_not_only_the_curve(tmp_path):
         assert bits(run.state.trainable) != bits(given.trainable)
 
 
-def test_a_restored_state_compiles_nothing_anew(tmp_path):
+def test_a_restored_state_compiles_nothing_anew(tmp_path, compilations):
     step = make_train_step(loss_fn, TX)
     go(tmp_path, steps=3, step=step)
     with checkpoint.Run(tmp_path, make_state(), batch_of, steps=5) as run:
-        with count_compilations() as compiled:
+        with compilations() as compiled:
             for batch in run:
                 run.state, _ = step(run.state, batch)
             jax.block_until_ready(run.state)
     assert compiled == []
-
-
-@contextlib.contextmanager
-def count_compilations():
-    names: list[str] = []
-
-    def seen(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
-            names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(seen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(seen)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
