@@ -74,6 +74,10 @@ class Rule:
             self.matcher  # noqa: B018
         except re.error as error:
             raise ValueError(f"{self}: the pattern is not a regular expression: {error}.") from None
+        try:
+            re.compile(f"(?:{self.pattern})|").sub(self.name, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"{self}: the name refers to no group of the pattern: {error}.") from None
         self.axes  # noqa: B018
 
     @functools.cached_property
@@ -125,7 +129,7 @@ class Rule:
 def _parsed(text: str) -> tuple[tuple[str, ...], ...] | None:
     """`d (n h)` as (("d",), ("n", "h")); None where that is not how it is written."""
     groups = re.findall(r"\(([^()]*)\)|(\w+|\.\.\.)", text)
-    if re.sub(r"\([\w\s]*\)|\w+|\.\.\.|\s", "", text):
+    if re.sub(r"\([\w\s]*\)|\w+|\.\.\.|\s", "", text) or re.search(r"\b\d", text):
         return None
     return tuple(tuple(many.split()) if not one else (one,) for many, one in groups)
 
@@ -262,7 +266,7 @@ def pieces(path: str, shape: Sequence[int], rules: Iterable[Rule]) -> list[Piece
         for place in itertools.product(*(range(sizes[axis]) for axis in counted)):
             index = dict(zip(counted, place, strict=True))
             shown = {axis: rule.names[axis][i] if axis in rule.names else i for axis, i in index.items()}
-            name = template.format(**shown)
+            name = re.sub(r"{(\w+)}", lambda found: str(shown[found[1]]), template)  # noqa: B023
             made.append(Piece(name, rule.kind, path, leaf, torch, index, rule.factor))
         return made
     return []
@@ -294,6 +298,18 @@ def _sized(
     return tuple(found)
 
 
+def checked(rules: Any) -> list[Rule]:
+    """The rules as a list, or an error that says what was given in their place."""
+    if callable(rules):
+        raise TypeError(f"rules is the function {getattr(rules, '__name__', rules)}; call it: rules=...().")
+    found = list(rules) if isinstance(rules, Iterable) else [rules]
+    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in found):
+        raise TypeError(
+            f"rules is {rules!r}; write a list of lora_jax.names.Rule, or a rule set such as llama()."
+        )
+    return found
+
+
 def named(tree: Any, rules: Iterable[Rule]) -> dict[str, list[Piece]]:
     r"""By path, what the leaves of a tree are called in a torch model; paths without a rule are left out.
 
@@ -311,7 +327,7 @@ def named(tree: Any, rules: Iterable[Rule]) -> dict[str, list[Piece]]:
     >>> {path: [p.name for p in parts] for path, parts in named(tree, [rule]).items()}
     {'h_0/mlp/c_fc/kernel': ['transformer.h.0.mlp.c_fc.weight']}
     """
-    rules = list(rules)
+    rules = checked(rules)
     found: dict[str, list[Piece]] = {}
     owner: dict[str, str] = {}
     paths = []

@@ -18,9 +18,10 @@ import numpy as np
 
 from lora_jax import nnx, tensors
 from lora_jax import params as params_lib
-from lora_jax.factors import Factors, factors_of, weight_of
+from lora_jax.factors import Factors, factors_of, kinds, weight_of
 from lora_jax.files import local_path, on_host, one_writer
-from lora_jax.names import Piece, Rule, named
+from lora_jax.layouts import Reader, known_layouts, read_leaves
+from lora_jax.names import Piece, Rule, checked, named
 from lora_jax.params import Adapter
 from lora_jax.peft_config import (
     CONFIG,
@@ -310,6 +311,7 @@ def load_peft(folder: str | os.PathLike[str], base: Any, rules: Iterable[Rule]) 
     ((8, 2), 2.0)
     """
     read = read_peft(folder)
+    rules = checked(rules)
     where = f"the adapter in {str(local_path(folder))!r}"
     tree, _ = nnx.opened(base)
     table = named(tree, rules)
@@ -332,6 +334,8 @@ def load_peft(folder: str | os.PathLike[str], base: Any, rules: Iterable[Rule]) 
     if wrong:
         raise ValueError(f"{where} does not fit this base:\n" + "\n".join(wrong[:20]))
     _check_missing(where, read, by_name)
+    _check_axes(where, base, [by_name[f"{module}.weight"] for module in read.updates])
+    _check_tied(where, read.full, by_name, rules)
     values = dict(leaves_with_path(tree, is_wrapped_leaf))
     _check_copies(where, read.copies, by_name, values)
     dropout = float(read.config.get("lora_dropout") or 0.0)
@@ -393,6 +397,37 @@ def _check_names(where: str, by_name: Mapping[str, Piece], names: Sequence[str])
     )
 
 
+def _check_axes(where: str, base: Any, adapted: Iterable[Piece]) -> None:
+    """Raise where a rule takes a kernel the other way than its layer's own name or type does."""
+    leaves = {leaf.path: leaf for leaf in read_leaves(nnx.opened(base)[0], known_layouts(base))}
+    reader = Reader(list(leaves.values()))
+    for piece in adapted:
+        leaf = leaves[piece.path]
+        known = reader.of(leaf) if leaf.role in ("kernel", "embedding") else []
+        if len(known) == 1 and known[0] != kinds(piece):
+            raise ValueError(
+                f"{where}: the rule for {piece.path!r} takes its axes as {kinds(piece)}, and by its layer "
+                f"they are {known[0]}. Write the layout in the leaf's own order of axes, for a weight of "
+                "(out, in) Rule(..., 'linear: o i -> o i')."
+            )
+
+
+def _check_tied(where: str, full: Iterable[str], by_name: Mapping[str, Piece], rules: Iterable[Rule]) -> None:
+    """Raise for a table trained in full that is the head too, of which PEFT trains a copy for the look-up."""
+    if not any(rule.name == "lm_head.weight" for rule in rules):
+        return
+    if any(name.split(".")[0] in ("lm_head", "score", "classifier") for name in by_name):
+        return
+    for name in full:
+        if name.rpartition(".")[0].rpartition(".")[2] in ("wte", "embed_tokens"):
+            raise ValueError(
+                f"{where} holds {name!r} in full, and this base has no lm_head, so its head is the same "
+                f"leaf {by_name[name].path!r}. PEFT trains a copy for the look-up and leaves the head as it "
+                "was, which one leaf cannot be. Give a base whose head is a leaf of its own; for a model "
+                "without a head, leave the rule of lm_head.weight out."
+            )
+
+
 def _check_missing(where: str, read: PeftAdapter, by_name: Mapping[str, Piece]) -> None:
     lost = [name for name in by_name if name not in read.full and is_full(read.config, name, read.updates)]
     if lost:
@@ -435,7 +470,7 @@ def save_peft(
     wrapped: Any,
     folder: str | os.PathLike[str],
     rules: Iterable[Rule],
-    base_model: str | None,
+    base_model: str | os.PathLike[str] | None,
     *,
     target: Literal["peft", "vllm"] = "peft",
     task_type: str | None = None,
@@ -443,8 +478,9 @@ def save_peft(
 ) -> None:
     """Write an adapter that PEFT opens: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Each torch parameter gets its own A and B, in float32 as they are trained; alpha = s·r. Different ranks
-    and alphas go to rank_pattern and alpha_pattern. Leaves trained in full become biases ("all" or
+    Each torch parameter gets its own A and B, in float32 as they are trained; alpha = s·r. Of a table that
+    is the head too, both uses are adapted here, and in PEFT the look-up alone until it is merged. Different
+    ranks and alphas go to rank_pattern and alpha_pattern. Leaves trained in full become biases ("all" or
     "lora_only") and modules_to_save.
 
     Args:
@@ -472,10 +508,13 @@ def save_peft(
     """
     if target not in ("peft", "vllm"):
         raise ValueError(f"target is {target!r}; write 'peft' or 'vllm'.")
+    if not isinstance(base_model, str | os.PathLike | None):
+        raise TypeError(f"base_model is {base_model!r}; write the model's name, its path, or None.")
+    base_model = base_model if base_model is None else os.fspath(base_model)
     place = local_path(folder)
     tensors.library(place / WEIGHTS)
     tree, _ = nnx.opened(wrapped)
-    config, arrays = _to_peft(tree, list(rules), target)
+    config, arrays = _to_peft(tree, checked(rules), target)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
     one_writer(place, lambda: _write(place, config, arrays, overwrite))
 
@@ -542,7 +581,9 @@ def _to_peft(tree: Any, rules: list[Rule], target: str) -> tuple[dict[str, Any],
             f"the leaves have dropout rates {sorted(dropouts)}, and PEFT's config holds one. Set one: "
             "leaf.replace(dropout=...)."
         )
-    names = {piece.name for parts in table.values() for piece in parts}
+    by_name = {piece.name: piece for parts in table.values() for piece in parts}
+    _check_tied("the wrapped tree", full, by_name, rules)
+    names = set(by_name)
     if target == "vllm":
         updates = _folded(updates, full)
     bias, saved = _in_full(full, names, updates)
@@ -582,7 +623,10 @@ def _to_peft(tree: Any, rules: list[Rule], target: str) -> tuple[dict[str, Any],
 def _targets(updates: Mapping[str, Any], names: Iterable[str]) -> list[str] | str:
     """The adapted modules' names; a regular expression where PEFT would take a name for others' end too."""
     targets = sorted(updates)
-    modules = {name.rpartition(".")[0] for name in names}
+    # With the modules that hold others, which PEFT would try to adapt, and cannot.
+    modules = {
+        ".".join(parts[:i]) for name in names for parts in [name.split(".")] for i in range(1, len(parts))
+    }
     if all(module in updates or not selects(targets, module) for module in modules):
         return targets
     return "|".join(map(re.escape, targets))
@@ -614,6 +658,10 @@ def _alpha(update: Factors) -> float:
     """The alpha whose quotient by the rank is the scale, whole where one is."""
     rank = len(update.a)
     alpha = update.scale * rank
+    if not is_number(alpha):
+        raise ValueError(
+            f"an update has the scale {update.scale:.3g}, whose alpha = s·r float32 does not hold."
+        )
     whole = round(alpha)
     return whole if np.float32(whole / rank) == np.float32(update.scale) else alpha
 
@@ -691,7 +739,7 @@ def load_loralib(
     base: Any,
     rules: Iterable[Rule],
     *,
-    scale: float,
+    scale: float | Mapping[str, float],
     enable_lora: Mapping[str, Sequence[bool]] | None = None,
 ) -> Any:
     """Put the factors of loralib's `lora_state_dict`, or of a LinearWithLoRA, onto parameters of any kind.
@@ -706,14 +754,15 @@ def load_loralib(
         base: The parameters, in any tree.
         rules: What the leaves are called in the torch model.
         scale: s, which the state does not hold: lora_alpha / r for loralib, and alpha itself for a
-            LinearWithLoRA that computes alpha·x@A@B.
+            LinearWithLoRA that computes alpha·x@A@B. One for all, or {module: s}.
         enable_lora: Of a MergedLinear the parts that are adapted: {module: (True, False, True)}.
 
     Returns:
         A wrapped tree. Of a MergedLinear only the enabled parts are trained.
 
     Raises:
-        ValueError: a name that no leaf has by the rules, a shape that does not fit, or half a pair.
+        ValueError: a name that no leaf has by the rules, a shape that does not fit, half a pair, a value that
+            is not finite, or a weight beside its own factors, as in a state with W merged.
 
     >>> import lora_jax
     >>> params = {"qkv": {"kernel": jnp.ones((8, 12))}}
@@ -723,28 +772,52 @@ def load_loralib(
     >>> lora_jax.merge(wrapped)["qkv"]["kernel"][0].tolist()
     [3.0, 3.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0]
     """
-    if not is_number(scale):
-        raise ValueError(f"scale is {scale!r}; write lora_alpha / r as a number.")
+    for one in scale.values() if isinstance(scale, Mapping) else [scale]:
+        if not is_number(one):
+            raise ValueError(f"scale is {one!r}; write lora_alpha / r as a number, or {{module: number}}.")
     pairs: dict[str, dict[str, np.ndarray]] = {}
     full: dict[str, np.ndarray] = {}
     for name, value in state.items():
         array = np.asarray(value)
+        if not np.isfinite(array.astype(np.float32) if array.dtype.itemsize < 4 else array).all():
+            raise ValueError(f"the state's {name!r} has values that are infinite or not a number.")
         found = re.fullmatch(r"(.+)\.(lora_[AB]|lora\.[AB])", name)
         if found is None:
             full[name] = array
             continue
         ours = array.T if "." in found[2] else array
         pairs.setdefault(found[1], {})[found[2][-1]] = ours
+    if not pairs:
+        raise ValueError(
+            "the state has no lora_A and lora_B; give what loralib.lora_state_dict(model) returned."
+        )
+    merged = [f"{module}.weight" for module in pairs if f"{module}.weight" in full]
+    if merged:
+        raise ValueError(
+            f"the state has {some(merged)} beside their factors, and W may have them merged in. Give "
+            "loralib.lora_state_dict(model), and the base as it was."
+        )
     tree, _ = nnx.opened(base)
     table = named(tree, rules)
     by_name = {piece.name: piece for parts in table.values() for piece in parts}
     _check_names("the state", by_name, [*(f"{module}.weight" for module in pairs), *full])
-    unused = [module for module in enable_lora or {} if module not in pairs]
-    if unused:
-        raise ValueError(f"enable_lora names {some(unused)}, and the state has factors for {some(pairs)}.")
+    for what, modules in (("enable_lora", enable_lora or {}), ("scale", scale)):
+        unused = [m for m in modules if m not in pairs] if isinstance(modules, Mapping) else []
+        if unused:
+            raise ValueError(f"{what} names {some(unused)}, and the state has factors for {some(pairs)}.")
+    scales = {module: scale.get(module) if isinstance(scale, Mapping) else scale for module in pairs}
+    without = [module for module, s in scales.items() if s is None]
+    if without:
+        raise ValueError(f"scale has no number for {some(without)}.")
+    for name, value in full.items():
+        if value.shape != by_name[name].shape:
+            raise ValueError(
+                f"the state's {name!r} has shape {value.shape}, and {by_name[name].path!r} is "
+                f"{by_name[name].shape} there."
+            )
     updates = {
         module: _loralib_update(
-            module, pair, by_name[f"{module}.weight"], scale, (enable_lora or {}).get(module)
+            module, pair, by_name[f"{module}.weight"], scales[module], (enable_lora or {}).get(module)
         )
         for module, pair in pairs.items()
     }

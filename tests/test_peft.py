@@ -735,3 +735,138 @@ def test_the_books_adapter_keeps_its_scale():
     x = jnp.asarray(found["x"])
     assert difference(fn(params, x), found["logits"]) > 0.1
     assert difference(lora_jax.lora(fn)(wrapped, x), found["logits"]) <= 1e-5
+
+
+# --- Numbers that would be wrong without a word -------------------------------------------------------
+
+
+def one_matrix(folder, module="fc", names=("fc/kernel",)):
+    """An adapter of square matrices, saved by its right rules."""
+    tree = {}
+    for name in names:
+        node = tree
+        *parents, last = name.split("/")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = jnp.eye(4, dtype=jnp.float32)
+    wrapped = lora_jax.wrap(tree, rank=2, targets="all")
+    peft.save_peft(wrapped, folder, [Rule(name, f"{module}.weight") for name in names], None)
+
+
+def test_a_rule_that_turns_a_square_kernel_is_refused(tmp_path):
+    one_matrix(tmp_path)
+    linen = {"fc": {"kernel": jnp.eye(4)}}
+    with pytest.raises(
+        ValueError, match="'fc/kernel' takes its axes as .*'out', 'in'.*they are .*'in', 'out'"
+    ):
+        peft.load_peft(tmp_path, linen, [Rule("fc/kernel", "fc.weight", "linear: o i -> o i")])
+    equinox = pytest.importorskip("equinox")
+    model = {"fc": equinox.nn.Linear(4, 4, key=jax.random.key(0))}
+    with pytest.raises(ValueError, match="they are .*'out', 'in'"):
+        peft.load_peft(tmp_path, model, [Rule("fc/weight", "fc.weight")])
+    peft.load_peft(tmp_path, model, [Rule("fc/weight", "fc.weight", "linear: o i -> o i")])
+
+
+def test_a_table_in_full_that_is_the_head_too_is_refused(tmp_path):
+    params = {
+        "embed_tokens": {"embedding": jnp.ones((7, 4))},
+        "layers_0": {"mlp": {"up_proj": {"kernel": jnp.ones((4, 4))}}},
+    }
+    rules = lora_jax.names.llama()
+    wrapped = lora_jax.wrap(params, rank=2, train="embed_tokens")
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight' in full, and this base has no lm_head"):
+        peft.save_peft(wrapped, tmp_path, rules, None)
+    headless = [rule for rule in rules if rule.name != "lm_head.weight"]
+    peft.save_peft(wrapped, tmp_path, headless, None)
+    with pytest.raises(ValueError, match="in full, and this base has no lm_head"):
+        peft.load_peft(tmp_path, params, rules)
+    peft.load_peft(tmp_path, params, headless)
+    peft.load_peft(tmp_path, params | {"lm_head": {"kernel": jnp.ones((4, 7))}}, rules)
+
+
+def test_a_name_that_ends_that_of_a_module_with_others_is_written_as_an_expression(tmp_path):
+    params = {name: {"kernel": jnp.ones((4, 4))} for name in ("output", "enc_output_dense")}
+    rules = [
+        Rule("output/kernel", "output.weight"),
+        Rule("enc_output_dense/kernel", "enc.output.dense.weight"),
+    ]
+    peft.save_peft(lora_jax.wrap(params, rank=2, targets="output"), tmp_path, rules, None)
+    assert contents(tmp_path)[0]["target_modules"] == "output"
+
+
+def loralib_state(**changes):
+    state = {"fc.lora_A": np.ones((2, 4), np.float32), "fc.lora_B": np.ones((3, 2), np.float32)} | changes
+    return {name: x for name, x in state.items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "message"),
+    [
+        (
+            loralib_state(**{"g.weight": np.ones((8, 2))}),
+            {},
+            r"'g.weight' has shape \(8, 2\), and 'g/kernel' is \(4, 4\)",
+        ),
+        (loralib_state(**{"fc.weight": np.ones((3, 4))}), {}, "'fc.weight' beside their factors"),
+        (loralib_state(**{"fc.lora_A": np.full((2, 4), np.nan)}), {}, "infinite or not a number"),
+        ({"g.weight": np.ones((4, 4))}, {}, "has no lora_A and lora_B"),
+        (loralib_state(), {"scale": {"g": 1.0}}, "scale names 'g'"),
+        (loralib_state(), {"scale": {}}, "scale has no number for 'fc'"),
+        (loralib_state(), {"scale": float("nan")}, "scale is nan"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(state, options, message):
+    params = {"fc": {"kernel": jnp.zeros((4, 3))}, "g": {"kernel": jnp.zeros((4, 4))}}
+    rules = [Rule(r"(\w+)/kernel", r"\1.weight")]
+    with pytest.raises(ValueError, match=message):
+        peft.load_loralib(state, params, rules, **({"scale": 1.0} | options))
+
+
+def test_modules_have_scales_of_their_own():
+    params = {"fc": {"kernel": jnp.zeros((4, 3))}, "g": {"kernel": jnp.zeros((4, 3))}}
+    state = loralib_state() | {name.replace("fc", "g"): x for name, x in loralib_state().items()}
+    wrapped = peft.load_loralib(
+        state, params, [Rule(r"(\w+)/kernel", r"\1.weight")], scale={"fc": 1.0, "g": 3.0}
+    )
+    merged = lora_jax.merge(wrapped)
+    np.testing.assert_array_equal(merged["g"]["kernel"], 3 * merged["fc"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (lora_jax.names.llama, "rules is the function llama; call it"),
+        (Rule("fc/kernel", "fc.weight"), "write a list of lora_jax.names.Rule"),
+        (["fc.weight"], "write a list of lora_jax.names.Rule"),
+        (7, "write a list of lora_jax.names.Rule"),
+    ],
+)
+def test_what_is_no_list_of_rules_is_said(tmp_path, rules, message):
+    with pytest.raises(TypeError, match=message):
+        peft.save_peft(lora_jax.wrap({"fc": {"kernel": jnp.ones((4, 4))}}, rank=2), tmp_path, rules, None)
+
+
+def test_wrong_arguments_write_nothing(tmp_path):
+    wrapped = lora_jax.wrap({"fc": {"kernel": jnp.ones((4, 4))}}, rank=2)
+    rules = [Rule("fc/kernel", "fc.weight")]
+    with pytest.raises(TypeError, match="base_model is 7"):
+        peft.save_peft(wrapped, tmp_path / "a", rules, 7)
+    huge = {"fc": {"kernel": wrapped["fc"]["kernel"].replace(scale=jnp.float32(3e38))}}
+    with pytest.raises(ValueError, match="float32 does not hold"):
+        peft.save_peft(huge, tmp_path / "a", rules, None)
+    assert not (tmp_path / "a").exists()
+    peft.save_peft(wrapped, tmp_path / "a", rules, tmp_path / "model")
+    assert contents(tmp_path / "a")[0]["base_model_name_or_path"] == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "layout", "message"),
+    [
+        (r".*/kernel", r"l.\1.weight", "linear", "refers to no group of the pattern"),
+        (r"(\w+)/kernel", r"\g<layer>.weight", "linear", "refers to no group of the pattern"),
+        ("kernel", "w", "linear: 0 1 -> 1 0", "cannot be read"),
+    ],
+)
+def test_rules_that_cannot_be_read_are_refused_when_made(pattern, name, layout, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(pattern, name, layout)
