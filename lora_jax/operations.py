@@ -36,9 +36,27 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
     >>> flops(lambda w, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], w, x)
     24576
     """
-    rest, arrays = take_apart(args)
-    jaxpr = jax.make_jaxpr(lambda arrays: take_apart(fn(*rest.join(arrays)))[1])(arrays)
+    jaxpr, _ = _traced(fn, args)
     return _walk(jaxpr, [_NEEDED] * len(jaxpr.out_avals), {})[0]
+
+
+def unread(fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """The arrays among a function's arguments from which it computes nothing; it may return them as they are.
+
+    >>> x, table = jnp.ones(3), jnp.ones((2, 4))
+    >>> [leaf.shape for leaf in unread(lambda params, x: (params, 2 * x), {"table": table}, x)]
+    [(2, 4)]
+    """
+    jaxpr, arrays = _traced(fn, args)
+    given = set(map(id, jaxpr.jaxpr.invars))
+    wanted = [_DEAD if id(variable) in given else _NEEDED for variable in jaxpr.jaxpr.outvars]
+    _, ins = _walk(jaxpr, wanted, {})
+    return [x for x, use in zip(arrays, ins, strict=True) if use == _DEAD]
+
+
+def _traced(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    rest, arrays = take_apart(args)
+    return jax.make_jaxpr(lambda arrays: take_apart(fn(*rest.join(arrays)))[1])(arrays), arrays
 
 
 def bare_flops(

@@ -28,7 +28,7 @@ from lora_jax import nnx
 from lora_jax import params as params_lib
 from lora_jax.hlo import Collective, collectives
 from lora_jax.interpret import RefusedError
-from lora_jax.operations import bare_flops, flops
+from lora_jax.operations import bare_flops, flops, unread
 from lora_jax.sharding import Rules, checked_batch_spec, put, put_part
 from lora_jax.train import TrainState, make_train_step, shardings, take_apart
 from lora_jax.tree import Pattern, map_with_path, nearest
@@ -49,7 +49,8 @@ class Memory:
         gradients: The gradients of what is trained; a compiled step has them among its activations.
         activations: What the compiled step holds beside base, trained, optimizer and batch: activations,
             and with them gathered weights, gradients and work space. None where nothing was compiled.
-        peak: What the compiled step takes in all, by the compiler; where it refused, what it asked for.
+        peak: What the compiled step takes in all, by the compiler, with the arrays that lie on the device
+            though the step reads nothing of them; where it refused, what it asked for with those arrays.
     """
 
     base: int
@@ -157,8 +158,9 @@ def plan(
         batch: The whole batch of a step, over all devices; arrays, `jax.ShapeDtypeStruct` or numbers.
         rank: As for `wrap`.
         tx: The optax transformation.
-        topology: "v5e:2x4", "v5p:4x4x4", "v6e:4x4" and the like; "cpu:8"; None for the local devices,
-            which may be GPUs.
+        topology: "v5e:2x4", "v5p:4x4x4", "v6e:4x4" and the like: a kind of TPU and the chips along each
+            axis of a slice, two for v2, v3, v5e and v6e, three for v4, v5p and tpu7x; "cpu:8"; None for
+            the local devices, which may be GPUs.
         mesh: The size of every mesh axis in order, {"fsdp": 16, "tensor": 4}, of which one may be -1, for
             the rest; by default one axis "fsdp" of all devices. A `jax.sharding.Mesh` also does, without a
             topology.
@@ -177,9 +179,9 @@ def plan(
 
     Raises:
         ModuleNotFoundError: the topology is a TPU's and `libtpu` is not installed.
-        ValueError: the topology is not known; the mesh does not have its number of devices; the batch
-            does not divide; too few CPU devices.
-        TypeError: an argument of the wrong kind, or of a name that neither `plan` nor `wrap` has.
+        ValueError: the topology is not known, or no slice of its kind; the mesh does not have its number
+            of devices; the batch does not divide; too few CPU devices.
+        TypeError: an argument of the wrong kind, or of a name that neither `plan` nor `wrap` has; no batch.
         RefusedError: what the model does with an adapted weight has no low-rank form, as for
             `lora_jax.lora`.
 
@@ -202,13 +204,18 @@ def plan(
         state = _state(lambda tree: params_lib.wrap(tree, rank, **wrap), params, tx, on, rules)
         with jax.set_mesh(on):
             # Without a mesh of its own, since a step that is being traced cannot set one.
-            operations = flops(make_train_step(loss_fn, tx, **options), state, batch)
+            plain = make_train_step(loss_fn, tx, **options)
+            operations = flops(plain, state, batch)
             floor, ceiling, recomputes = bare_flops(loss_fn, params, state.trainable, batch, accumulate)
 
     compiled = _compile(step, state, batch)
+    if compiled.refusal:  # in which the compiler does not count what it was not given
+        with jax.set_mesh(on):
+            left_out = _bytes([x for x in unread(plain, state, batch) if x is not state.key])
+        compiled = dataclasses.replace(compiled, peak=compiled.peak + left_out)
     memory = _states(state, batch, compiled.peak)
     limit = compiled.limit or _limit(on.devices.flat[0])
-    fits = False if compiled.refusal else None if limit is None else compiled.peak <= limit
+    fits = False if compiled.refusal else None if limit is None else (memory.peak or 0) <= limit
     everything = _state(_trained_in_full, params, tx, on, rules)
     peak = None
     if compile_full:  # in which there is nothing to densify
@@ -240,6 +247,11 @@ def _check_names(given: Mapping[str, Any]) -> None:
     names = inspect.signature(params_lib.wrap).parameters
     known = [name for name in {**inspect.signature(plan).parameters, **names} if name != "wrap"]
     for name in given:
+        if name in ("remat", "checkpoint", "rematerialize"):
+            raise TypeError(
+                f"plan has no argument {name!r}: what is recomputed is for loss_fn to say. Put "
+                "jax.checkpoint (nn.remat, nnx.remat) around each layer there."
+            )
         if name not in names:
             raise TypeError(f"plan has no argument {name!r}; the nearest is {nearest(name, known, 1)[0]!r}.")
 
@@ -305,6 +317,11 @@ def _trained_in_full(params: Any) -> Any:
 
 def _batch_on(mesh: Mesh, batch: Any, rules: Rules, spec: P | None) -> Any:
     """The abstract batch, every array with its sharding."""
+    if batch is None:
+        raise TypeError(
+            "batch is None; write the whole batch of a step as loss_fn takes it, of arrays, "
+            "jax.ShapeDtypeStruct or numbers, or {} where loss_fn reads none."
+        )
     spec = checked_batch_spec(mesh, rules, spec)
 
     def leaf(path: str, x: Any) -> Any:
@@ -327,7 +344,14 @@ def _batch_on(mesh: Mesh, batch: Any, rules: Rules, spec: P | None) -> Any:
 def _bytes(tree: Any) -> int:
     """The bytes of a tree's arrays on one device."""
     arrays = [x for x in jax.tree.leaves(tree) if _is_array(x)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    return sum(math.ceil(math.prod(x.sharding.shard_shape(x.shape)) * _bits(x.dtype) / 8) for x in arrays)
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of a number on a device, where those of less than a byte lie close together."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 8 * dtype.itemsize
 
 
 def _states(state: TrainState, batch: Any, peak: int | None) -> Memory:
@@ -341,6 +365,7 @@ def _states(state: TrainState, batch: Any, peak: int | None) -> Memory:
     )
     if peak is None:
         return memory
+    peak = max(peak, memory.states)
     return dataclasses.replace(memory, activations=peak - memory.states, peak=peak)
 
 
@@ -376,7 +401,17 @@ def _compile(step: Any, state: TrainState, batch: Any) -> _Compiled:
             + memory.generated_code_size_in_bytes
         )
     )
-    return _Compiled(peak, text=compiled.as_text())
+    return _Compiled(peak + _unread(compiled, state, batch), text=compiled.as_text())
+
+
+def _unread(compiled: Any, state: TrainState, batch: Any) -> int:
+    """The bytes of the arrays that jit leaves out of the compiled step, since it reads nothing of them."""
+    changed = (state.trainable, state.opt_state)
+    given = (*changed, take_apart(state.frozen)[1], state.step, None, batch)  # None: the key is 8 bytes
+    given, where = (
+        jax.tree.leaves(tree, is_leaf=lambda x: x is None) for tree in (given, compiled.input_shardings)
+    )
+    return _bytes([x for x, sharding in zip(given, where, strict=True) if sharding is None])
 
 
 _SIZE = r"([\d.]+)([KMGTP]?)"
@@ -457,6 +492,18 @@ def _advice(
 # --- Topologies -----------------------------------------------------------------------------------
 
 
+# The kinds of TPU that are served: how many axes their network has, and the chips of the largest slice. A
+# pod of a network of two axes is a square. By Google's pages on each kind; libtpu takes some slices that
+# there are not (three axes of v6e, two of v5p), and at others, such as three axes of v5e, ends the process.
+_TPUS = {
+    "v2": (2, 16 * 16),
+    "v3": (2, 32 * 32),
+    "v4": (3, 16 * 16 * 16),
+    "v5e": (2, 16 * 16),
+    "v5p": (3, 16 * 16 * 24),
+    "v6e": (2, 16 * 16),
+    "tpu7x": (3, 9216),
+}
 _FORMS = (
     'write "v5e:2x4", "v5p:4x4x4" or "v6e:4x4" for a slice of TPUs, "cpu:8" for so many CPU devices, or '
     "leave it out for the local devices"
@@ -518,10 +565,10 @@ def _devices(topology: Any) -> Sequence[Any]:
     if not found:
         raise ValueError(f"the topology is {topology!r}; {_FORMS}.")
     sizes = [int(size) for size in found[2].split("x")]
-    if 0 in sizes:  # of which the TPU library makes the process end
+    if 0 in sizes:
         raise ValueError(f"the topology {topology!r} has no devices; {_FORMS}.")
     if re.fullmatch(r"v\d\w*|tpu\w*", found[1]):
-        return _tpus(topology)
+        return _tpus(found[1], sizes)
     if found[1] != "cpu":
         raise ValueError(
             f"the topology {topology!r} is none that is served: elsewhere than where it runs, plan compiles "
@@ -538,18 +585,40 @@ def _devices(topology: Any) -> Sequence[Any]:
     return devices[:count]
 
 
-def _tpus(topology: str) -> Sequence[Any]:
+def _tpus(kind: str, sizes: Sequence[int]) -> Sequence[Any]:
+    shape = "x".join(map(str, sizes))
+    topology = f"{kind}:{shape}"
+    if kind not in _TPUS:
+        raise ValueError(
+            f"the topology {topology!r} is of no kind of TPU that is served, which are {', '.join(_TPUS)}; "
+            f"{_FORMS}."
+        )
+    axes, chips = _TPUS[kind]
+    if len(sizes) != axes:
+        example = f"{kind}:{'x'.join(['4'] * axes)}"
+        raise ValueError(
+            f"the topology {topology!r} has {len(sizes)} axes, and the network of {kind} has {axes}; "
+            f'write the chips along each of these, such as "{example}".'
+        )
+    longest = math.isqrt(chips) if axes == 2 else chips
+    if max(sizes) > longest or math.prod(sizes) > chips:
+        most = f"{longest}x{longest}" if axes == 2 else f"{chips} chips"
+        raise ValueError(
+            f"the topology {topology!r} is larger than the largest slice of {kind}, of {most}; {_FORMS}."
+        )
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ModuleNotFoundError(
             f"compiling for {topology!r} takes the TPU compiler, which is in the package libtpu: "
             'pip install "lora-jax[tpu]". No TPU is needed.',
             name="libtpu",
         )
+    # Four chips share a host, unless there is only one.
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(sizes) == 1 else {}
+    if kind == "v4":  # its two cores are one device, which they are by themselves in later kinds
+        options["chip_config_name"] = "megacore"
     with _without_tpu():
         try:
-            # Four chips share a host, unless there is only one.
-            alone = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
-            return topologies.get_topology_desc(topology, platform="tpu", **alone).devices
+            return topologies.get_topology_desc(topology, platform="tpu", **options).devices
         except JaxRuntimeError as error:
             raise ValueError(f"libtpu knows no topology {topology!r} ({error}); {_FORMS}.") from None
 

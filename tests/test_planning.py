@@ -540,6 +540,90 @@ def test_a_module_with_statistics():
     assert found.parameters == 16 * 32 + 32 + 2 * 32 + 32 * 8 + 8  # statistics are not
 
 
+def unread(topology, loss_fn=None, **keywords):
+    """A plan of a model with arrays that its loss does not read: 22 GiB, and a whole batch of indices."""
+
+    def kernel_alone(params, batch, key):
+        return jnp.mean((batch["x"] @ params["kernel"]) ** 2)
+
+    params = {
+        "kernel": shape(512, 512, dtype=jnp.bfloat16),
+        "tower": shape(11, 2**30, dtype=jnp.bfloat16),
+        "hole": None,
+    }
+    batch = {"i": shape(8, dtype=jnp.int32), "x": shape(8, 512, dtype=jnp.bfloat16)}
+    options = {"rank": 4, "targets": "kernel", "tx": optax.adam(1.0)} | keywords
+    return plan(loss_fn or kernel_alone, params, batch, topology=topology, **options)
+
+
+def constant(params, batch, key):
+    return jnp.ones((), jnp.float32)
+
+
+TOWER = 11 * 2**30 * 2
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_arrays_that_the_loss_does_not_read_lie_on_the_device_too(devices):
+    sharded = {"rules": {"kernel": P(), "tower": P(None, "fsdp")}}
+    read, nothing = unread(f"cpu:{devices}", **sharded), unread(f"cpu:{devices}", constant, **sharded)
+    for memory in (read.memory, nothing.memory):
+        assert memory.base == TOWER // devices + 512 * 512 * 2 + 4  # the scale
+        assert memory.batch == 8 // devices * (4 + 512 * 2)
+        assert known(memory.peak) == memory.states + known(memory.activations)
+        assert 0 <= known(memory.activations) < 2**22
+    # Its kernel's gradient, which the constant does not have, is more than a constant's work space.
+    assert known(read.memory.activations) > known(nothing.memory.activations)
+
+
+def test_what_the_compiler_leaves_out_is_all_that_is_added(monkeypatch):
+    said = []
+    original = jax.stages.Compiled.memory_analysis
+    monkeypatch.setattr(
+        jax.stages.Compiled, "memory_analysis", lambda self: said.append(original(self)) or said[-1]
+    )
+    memory = unread("cpu:1", constant).memory
+    # Left out are the base, its scale and the batch; kept are the trained, Adam's state and the step.
+    assert said[0].argument_size_in_bytes == memory.trained + memory.optimizer + 4
+    own = said[0].temp_size_in_bytes + said[0].output_size_in_bytes - said[0].alias_size_in_bytes
+    own += said[0].generated_code_size_in_bytes
+    assert known(memory.peak) == memory.states + 4 + own
+
+
+@pytest.mark.parametrize("loss_fn", [None, constant])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_refusal_does_not_count_them_and_the_plan_does(monkeypatch, loss_fn, accumulate):
+    said = []
+    original = jax.stages.Compiled.memory_analysis
+    monkeypatch.setattr(
+        jax.stages.Compiled, "memory_analysis", lambda self: said.append(original(self)) or said[-1]
+    )
+    compiled = unread("cpu:1", loss_fn, accumulate=accumulate).memory
+    left_out = compiled.states + 4 - said[0].argument_size_in_bytes  # 4: the step's number
+
+    def refuse(self, *args, **kwargs):
+        raise JaxRuntimeError(OVER.format("17.00G", "15.75G"))
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    found = unread("cpu:1", loss_fn, accumulate=accumulate)
+    assert left_out >= TOWER and found.fits is False
+    assert known(found.memory.peak) == 17 * GIB + left_out
+
+
+def test_numbers_of_less_than_a_byte_lie_close_together():
+    params = {
+        "kernel": shape(64, 64),
+        "table": shape(3, 5, dtype=jnp.int4),
+        "mask": shape(7, dtype=jnp.bool_),
+    }
+
+    def loss_fn(params, batch, key):
+        return jnp.mean(batch @ params["kernel"]) + jnp.sum(params["table"].astype(jnp.float32))
+
+    options = {"rank": 2, "targets": "kernel", "tx": optax.sgd(1.0), "topology": "cpu:1"}
+    assert plan(loss_fn, params, shape(8, 64), **options).memory.base == 64 * 64 * 4 + 8 + 7 + 4
+
+
 def test_leaves_that_are_no_arrays_reach_the_model():
     params = {"kernel": np.ones((16, 8), np.float32), "activation": jnp.tanh, "name": None}
 
@@ -580,6 +664,7 @@ def test_a_mesh_of_its_own(kind):
         ({"batch_spec": "fsdp"}, r"batch_spec is 'fsdp'; .*batch_spec=jax.sharding.PartitionSpec\('fsdp'\)"),
         ({"topolgy": "cpu:8"}, "plan has no argument 'topolgy'; the nearest is 'topology'"),
         ({"target": "kernel"}, "plan has no argument 'target'; the nearest is 'targets'"),
+        ({"checkpoint": True}, r"no argument 'checkpoint': .* for loss_fn to say. Put jax.checkpoint \("),
     ],
 )
 def test_arguments_of_the_wrong_kind(keywords, message):
@@ -591,6 +676,18 @@ def test_arguments_of_the_wrong_kind(keywords, message):
     "keywords, message",
     [
         ({"topology": "v5e:2x0"}, "the topology 'v5e:2x0' has no devices"),
+        ({"topology": "v5e:2x4x4"}, "'v5e:2x4x4' has 3 axes, and the network of v5e has 2; .*\"v5e:4x4\""),
+        ({"topology": "v5e:8"}, "'v5e:8' has 1 axes, and the network of v5e has 2"),
+        ({"topology": "v6e:2x2x2"}, "'v6e:2x2x2' has 3 axes, and the network of v6e has 2"),
+        ({"topology": "v5p:2x4"}, "'v5p:2x4' has 2 axes, and the network of v5p has 3; .*\"v5p:4x4x4\""),
+        ({"topology": "v4:2x2"}, "'v4:2x2' has 2 axes, and the network of v4 has 3"),
+        ({"topology": "v3:2x2x2"}, "'v3:2x2x2' has 3 axes, and the network of v3 has 2"),
+        ({"topology": "v5e:1000x1000"}, 'larger than the largest slice of v5e, of 16x16; write "v5e:2x4"'),
+        ({"topology": "v5e:8x32"}, "larger than the largest slice of v5e, of 16x16"),
+        ({"topology": "v2:16x32"}, "larger than the largest slice of v2, of 16x16"),
+        ({"topology": "v3:33x1"}, "larger than the largest slice of v3, of 32x32"),
+        ({"topology": "v5p:16x16x28"}, "larger than the largest slice of v5p, of 6144 chips"),
+        ({"topology": "v9x:2x2"}, "'v9x:2x2' is of no kind of TPU that is served, which are v2, v3, .*v6e"),
         ({"topology": "cpu:0"}, "the topology 'cpu:0' has no devices; .*\"cpu:8\" for so many CPU devices"),
         ({"topology": "gpu:8"}, r"'gpu:8' is none that is served.*TPUs and for CPUs only.*on a machine with"),
         ({"topology": "h100:2x4"}, r"'h100:2x4' is none that is served"),
@@ -636,6 +733,14 @@ def test_a_number_in_the_batch_is_an_array_as_it_is_in_the_step():
     assert found.memory.batch == 24 // 8 * 32 * 2 + 8
     with pytest.raises(TypeError, match=r"the batch's 'factor' is 'half'; write an array"):
         plan(loss_fn, MLP, batch | {"factor": "half"}, **options)
+
+
+def test_no_batch():
+    options = {"rank": 2, "targets": "kernel", "tx": optax.sgd(1.0), "topology": "cpu:1"}
+    params = {"kernel": shape(16, 8)}
+    with pytest.raises(TypeError, match=r"batch is None; write the whole batch .*or \{\} where"):
+        plan(lambda params, batch, key: jnp.mean(batch["x"] @ params["kernel"]), params, None, **options)
+    assert plan(lambda params, batch, key: jnp.mean(params["kernel"][0]), params, {}, **options).trained == 48
 
 
 def test_a_loss_of_two_arguments():
@@ -732,9 +837,28 @@ def test_a_mesh_may_split_an_axis_of_the_slice():
 
 
 @needs_libtpu
-def test_a_topology_that_libtpu_does_not_know(monkeypatch):
-    with pytest.raises(ValueError, match=r"libtpu knows no topology 'v9x:2x2'.*write \"v5e:2x4\""):
-        stacked(topology="v9x:2x2")
+def test_a_topology_that_libtpu_does_not_know():
+    with pytest.raises(ValueError, match=r"libtpu knows no topology 'v5e:3x3'.*write \"v5e:2x4\""):
+        stacked(topology="v5e:3x3")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, devices, gib", [("v4:2x2x1", 4, 30.75), ("v3:1x1", 2, 15.48)])
+def test_kinds_with_two_cores_on_a_chip(topology, devices, gib):
+    # Those of v4 are one device with the chip's whole memory, those of v3 two with a half each.
+    found = stacked(topology=topology)
+    assert (found.devices, found.fits) == (devices, True)
+    assert known(found.limit) / GIB == pytest.approx(gib, abs=0.02)
+
+
+@needs_libtpu
+def test_a_base_that_is_larger_than_the_chip_does_not_fit_though_nothing_reads_it():
+    found = unread("v5e:1x1")
+    assert found.fits is False and found.refusal is None
+    assert known(found.memory.peak) > TOWER > known(found.limit)
+    assert 0 <= known(found.memory.activations) < 2**22
+    assert found.advice[0].startswith("more shards: parameters and optimizer alone take 22.00 GiB; 2 devices")
+    assert unread("v5e:2x2", rules={"kernel": P(), "tower": P(None, "fsdp")}, mesh={"fsdp": 4}).fits is True
 
 
 # The command
@@ -794,6 +918,9 @@ def test_the_command(capsys, tmp_path):
         "--topology gpu:8": "'gpu:8' is none that is served",
         "--topology cpu:0": "'cpu:0' has no devices; .*or leave it out",
         "--topology v5p-64": "'v5p-64'; write \"v5e:2x4\"",
+        "--topology v5e:2x2x2": "'v5e:2x2x2' has 3 axes, and the network of v5e has 2; .*\"v5e:4x4\"",
+        "--out /proc/x/y.json": "--out /proc/x/y.json cannot be written .*; write another path",
+        "--out /": "--out / is a folder; write the name of a file",
     }.items(),
 )
 def test_the_command_speaks_of_its_flags(capsys, wrong, message):
@@ -802,6 +929,38 @@ def test_the_command_speaks_of_its_flags(capsys, wrong, message):
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, error) and not re.search(r"None|\w=[^-\w]|\w\(", error)
+
+
+def test_the_command_looks_at_out_before_it_compiles(monkeypatch, tmp_path, capsys):
+    def never(*_, **__):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(run, "plan", never)
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path, tmp_path / "file" / "plan.json"):
+        with pytest.raises(SystemExit) as stopped:
+            run.main(["--preset", "gpt3-175b", *SMALL, "--out", str(out)])
+        assert stopped.value.code == 2
+    run.check_out(tmp_path / "file")
+    run.check_out(tmp_path / "new" / "plan.json")
+    assert (tmp_path / "file").read_text() == "kept" and not list((tmp_path / "new").iterdir())
+
+
+def test_the_command_says_so_where_the_record_cannot_be_written_after_all(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--preset", "gpt3-175b", *SMALL, "--out", str(tmp_path / "plan.json")])
+    assert stopped.value.code == 2
+    printed, error = capsys.readouterr()
+    assert printed and "plan.json cannot be written (No space left on device)" in error
+
+
+def test_the_devices_of_a_slice():
+    names = ("v5e:2x4", "v4:2x2x2", "v3:2x2", "v2:2x2", "tpu7x:2x2x1", "cpu:3", "v5p-64")
+    assert [run.device_count(name) for name in names] == [8, 8, 8, 8, 8, 3, 0]
 
 
 def test_the_command_says_what_does_not_fit(monkeypatch, capsys):

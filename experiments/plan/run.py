@@ -62,7 +62,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         help="how many devices each axis has, -1 for the rest (%(default)s)",
     )
     parser.add_argument("--batch", type=positive, default=64, help="sequences in a step, on all devices (64)")
-    parser.add_argument("--length", type=positive, help="tokens in a sequence; by default 2048")
+    parser.add_argument(
+        "--length", type=positive, help="tokens in a sequence; by default 2048, with --tiny 16, the most"
+    )
     parser.add_argument("--rank", type=positive, help="by default 4 for GPT-3 and 16 for Llama")
     parser.add_argument(
         "--targets",
@@ -72,7 +74,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--accumulate", type=positive, default=1, help="microbatches in a step (1)")
     parser.add_argument("--no-remat", action="store_true", help="keep every layer's activations")
     parser.add_argument("--full", action="store_true", help="compile full fine-tuning as well")
-    parser.add_argument("--tiny", action="store_true", help="the same model in miniature, to try the command")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the same model in miniature, with sequences of at most 16 tokens, to try the command",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, not as a table")
     parser.add_argument("--out", type=Path, help="also write the plan here, with versions and commit")
     return parser, parser.parse_args(arguments)
@@ -88,8 +94,9 @@ def device_count(topology: str | None) -> int:
     """How many devices a topology has; 0 for what is none, which `plan` refuses."""
     if topology is None:
         return len(jax.devices())
-    found = re.fullmatch(r"\w+:(\d+(?:x\d+)*)", topology)
-    return math.prod(map(int, found[1].split("x"))) if found else 0
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    cores = 2 if found and found[1] in ("v2", "v3", "tpu7x") else 1  # each a device
+    return cores * math.prod(map(int, found[2].split("x"))) if found else 0
 
 
 def mesh_of(text: str, topology: str | None) -> dict[str, int]:
@@ -146,6 +153,20 @@ def prepare(topology: str | None) -> None:
         jax.config.update("jax_num_cpu_devices", device_count(topology))
 
 
+def check_out(out: Path) -> None:
+    """Raise where the record could not be written, before the minutes that it takes to make."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; write the name of a file, such as {out / 'plan.json'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        there = out.exists()
+        out.open("a").close()  # which changes nothing of an earlier record
+        if not there:
+            out.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); write another path") from None
+
+
 def planned(options: argparse.Namespace) -> Plan:
     mesh = mesh_of(options.mesh, options.topology)
     config = models.CONFIGS[options.preset]
@@ -153,6 +174,8 @@ def planned(options: argparse.Namespace) -> Plan:
     config = dataclasses.replace(config, remat=not options.no_remat)
     length = options.length or min(2048, config.length)
     check(options, config, length, mesh)
+    if options.out:
+        check_out(options.out)
     given = {name: getattr(options, name) for name in ("rank", "targets")}
     adapted = ADAPTED[options.preset] | {name: x for name, x in given.items() if x is not None}
     axes = ",".join(f"{name}={size}" for name, size in mesh.items())
@@ -193,7 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"done in {seconds:.0f} s", file=sys.stderr)
     print(json.dumps(dataclasses.asdict(found), indent=1) if options.json else found)
     if options.out:
-        save(options, found, seconds, arguments)
+        try:
+            save(options, found, seconds, arguments)
+        except OSError as error:
+            parser.exit(2, f"{parser.prog}: --out {options.out} cannot be written ({error.strerror})\n")
     return 1 if found.fits is False else 0
 
 
