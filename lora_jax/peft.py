@@ -805,8 +805,8 @@ def load_loralib(
         unused = [m for m in modules if m not in pairs] if isinstance(modules, Mapping) else []
         if unused:
             raise ValueError(f"{what} names {some(unused)}, and the state has factors for {some(pairs)}.")
-    scales = {module: scale.get(module) if isinstance(scale, Mapping) else scale for module in pairs}
-    without = [module for module, s in scales.items() if s is None]
+    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(pairs, scale)
+    without = [module for module in pairs if module not in scales]
     if without:
         raise ValueError(f"scale has no number for {some(without)}.")
     for name, value in full.items():
