@@ -7,11 +7,14 @@ import ctypes
 import io
 import json
 import math
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,7 +44,7 @@ exit codes:
   0    done
   1    something in the files is wrong, or in the way; what, and what to do, is on stderr
   2    the command is written wrong
-  130  interrupted"""
+  129, 130, 143  stopped by SIGHUP, SIGINT (Ctrl-C) or SIGTERM; nothing is left half"""
 
 INSPECT = f"""\
 Shows what an adapter holds: one of PEFT (the folder that save_pretrained wrote, with {CONFIG}), or
@@ -86,8 +89,9 @@ example:
 Computes W + s·B·A in float32 (float64 if the base is), a few rows at a time, and rounds once to the
 base's dtype; entries whose update is zero keep their bits. Biases and modules_to_save of the adapter
 replace the base's. Tokenizer, generation config and whatever else is in BASE are copied, weights in other
-forms are not. OUT appears when all of it is written and durable, and not before: what fails or is
-interrupted leaves nothing there. Memory stays bounded, whatever the model's size.
+forms are not. OUT appears when all of it is written and durable, and not before; an empty folder at OUT
+is filled then. What fails or is interrupted leaves nothing there. --overwrite replaces a model, and only
+a folder that holds nothing else. Memory stays bounded, whatever the model's size.
 
 The report has for every tensor:
   rms ΔW/W   how large the update is beside the weight
@@ -113,25 +117,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["inspect", "no/such/adapter"])
     1
     """
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="replace")  # the tables have Δ, which not every terminal has
-    options = _parser().parse_args(arguments)
-    # Nothing here gains from an accelerator, and taking one would wait for, or stop, who has it.
-    jax.config.update("jax_platforms", "cpu")
     try:
-        if options.command == "inspect":
-            _inspect(options)
-        else:
-            _merge(options)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing was left half", file=sys.stderr)
-        return 130
+        with _stoppable():
+            for name in ("stdout", "stderr"):
+                if getattr(sys, name) is None:  # closed; a file of the model would get its number
+                    setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+                output = getattr(sys, name)
+                if isinstance(output, io.TextIOWrapper):
+                    output.reconfigure(errors="replace")  # the tables have Δ, which not every terminal has
+            options = _parser().parse_args(arguments)
+            # Nothing here gains from an accelerator, and taking one would wait for, or stop, who has it.
+            jax.config.update("jax_platforms", "cpu")
+            if options.command == "inspect":
+                _inspect(options)
+            else:
+                _merge(options)
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{PROGRAM}: interrupted; nothing was left half", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, _Stopped) else signal.SIGINT)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends the command."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Have the signals that end a command raise, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # An ignored one, as under nohup, stays so; None is a handler that Python did not set.
+    old = {number: handler for number, handler in old.items() if handler not in (signal.SIG_IGN, None)}
+
+    def stop(number: int, frame: Any) -> None:
+        for each in old:  # a second one would end the removal
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    for number in old:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,9 +8,10 @@ import functools
 import json
 import math
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,33 @@ _SYNC = 1 << 28  # bytes that are written between two calls to make them durable
 # The models whose layers are transformers' Conv1D, of shape (in, out), and those layers' names.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+# What the models have, with which a config.json without tie_word_embeddings is read.
+_TIED_BY_DEFAULT = (
+    "albert bart bert bloom camembert ctrl distilbert electra falcon gemma gemma2 gemma3 gemma3_text "
+    "gpt2 gpt_bigcode gpt_neo mbart openai-gpt opt roberta smollm3 starcoder2 xglm xlm-roberta"
+).split()
+_UNTIED_BY_DEFAULT = (
+    "codegen deepseek_v2 deepseek_v3 gpt_neox gpt_oss gptj granite llama mistral mixtral olmo olmo2 phi phi3 "
+    "qwen2 qwen2_moe qwen3 qwen3_moe stablelm"
+).split()
 _TABLES = ("wte", "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed", "shared")
 _HEADS = ("lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder", "output", "generator_lm_head")
 # Weights in other forms, which would not be merged.
 _OTHER_WEIGHTS = (
     ".safetensors .safetensors.index.json .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx "
     ".onnx_data .ot .tflite .mlmodel"
+).split()
+_UNTIE = (
+    "In transformers load it, set config.tie_word_embeddings = False, give the head a weight of its own "
+    "(lm_head.weight = torch.nn.Parameter(lm_head.weight.clone())), save it, and merge into that."
+)
+# What lies in a model's folder, and may be replaced with it.
+_MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_MODEL_FILES = (
+    "config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer.model "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
+    "spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json preprocessor_config.json "
+    "processor_config.json"
 ).split()
 
 
@@ -105,9 +127,10 @@ def changes(base: Checkpoint, adapter: PeftAdapter) -> Changes:
             f"{where} is quantised (its {CONFIG} has quantization_config), and an update that is rounded to "
             "such numbers is lost. Merge into the model it was made from."
         )
-    tied = _tied(base.config)
+    said = _says_tied(base.config)
+    tied = _tied_by_default(base.config) if said is None else said
     weights = {f"{module}.weight": module for module in adapter.updates}
-    _check_head(base, [*weights, *adapter.full], tied)
+    _check_head(base, [*weights, *adapter.full], said, tied)
     names, notes = _named(base, [*weights, *adapter.full, *adapter.copies])
     updates = {names[name]: _update(base, names[name], adapter, module) for name, module in weights.items()}
     for name, copy in adapter.copies.items():
@@ -127,11 +150,9 @@ def changes(base: Checkpoint, adapter: PeftAdapter) -> Changes:
     if both:
         raise ValueError(f"the adapter both adapts {some(both)} and holds it in full.")
     for table in [name for name in (*updates, *replaced) if _is_table(name)]:
-        head, note = _tied_to(base, table, tied)
-        if head and table in updates:
+        head, note = _tied_to(base, table, tied, in_full=table in replaced)
+        if head:
             updates[head] = updates[table]
-        elif head:
-            replaced[head] = replaced[table]
         notes += [note] if note else []
     return Changes(updates, replaced, notes)
 
@@ -188,18 +209,27 @@ def _update(base: Checkpoint, name: str, adapter: PeftAdapter, module: str) -> U
         return turned
     if kind == "conv2d" and shape == adapter.shapes[module]:
         return straight
-    if kind == "linear" and shape == (outer, inner):
-        return turned if outer == inner and _is_conv1d(base, adapter, module) else straight
-    if kind == "linear" and shape == (inner, outer):
+    conv1d = kind == "linear" and _is_conv1d(base, adapter, module)
+    if conv1d and shape == (inner, outer):
         return turned
+    # fan_in_fan_out is one for all layers, and PEFT passes over it where a layer is a Linear.
+    if kind == "linear" and shape == (outer, inner):
+        if not conv1d or base.config.get("model_type") not in _CONV1D_MODELS:
+            return straight
     raise ValueError(
         f"{name!r} has shape {shape} in {str(base.folder)!r}, and the adapter's update of it ({kind}) maps "
         f"{inner} to {outer} numbers: it was trained on another model, or on one with another vocabulary."
+        + (
+            " It would fit a layer that is stored as (in, out), such as a Conv1D; if this is one, set "
+            "fan_in_fan_out to true in the adapter_config.json."
+            if kind == "linear" and shape == (inner, outer)
+            else ""
+        )
     )
 
 
 def _is_conv1d(base: Checkpoint, adapter: PeftAdapter, module: str) -> bool:
-    """Whether a square matrix is stored as (in, out)."""
+    """Whether a matrix is stored as (in, out)."""
     if base.config.get("model_type") in _CONV1D_MODELS:
         return module.rpartition(".")[2] in _CONV1D_MODULES
     return bool(adapter.config.get("fan_in_fan_out"))
@@ -217,36 +247,42 @@ def _require_float(base: Checkpoint, name: str) -> None:
 # --- Tied heads ---------------------------------------------------------------------------------------
 
 
-def _tied(config: Mapping[str, Any]) -> bool | None:
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool | None:
     """Whether the config ties the head to the embedding; None where it does not say."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
-            return part["tie_word_embeddings"]
-    return None
+    found = (part.get("tie_word_embeddings") for part in _parts(config))
+    return next((value for value in found if isinstance(value, bool)), None)
+
+
+def _tied_by_default(config: Mapping[str, Any]) -> bool | None:
+    """Whether transformers ties them where a config does not say; None for a model that is not known."""
+    models = {part.get("model_type") for part in _parts(config)}
+    if models & set(_TIED_BY_DEFAULT):
+        return True
+    return False if models & set(_UNTIED_BY_DEFAULT) else None
 
 
 def _head_of(names: Sequence[str]) -> str | None:
     return next((name for name in names if name.removesuffix(".weight") in _HEADS), None)
 
 
-def _check_head(base: Checkpoint, names: Sequence[str], tied: bool | None) -> None:
+def _check_head(base: Checkpoint, names: Sequence[str], said: bool | None, tied: bool | None) -> None:
     head = _head_of(names)
-    if head is None or tied is False:
+    if head is None or said is False:
         return
     where = repr(str(base.folder))
-    untie = (
-        "In transformers load it, set config.tie_word_embeddings = False, give the head a weight of its own "
-        "(lm_head.weight = torch.nn.Parameter(lm_head.weight.clone())), save it, and merge into that."
-    )
     if head not in base.owner:
         raise ValueError(
             f"the adapter changes {head!r}, which {where} does not hold: there the head is tied to the "
-            f"embedding, which would change with it. {untie}"
+            f"embedding, which would change with it. {_UNTIE}"
         )
     if tied:
         raise ValueError(
             f"the adapter changes {head!r}, and the {CONFIG} of {where} ties the head to the embedding "
-            f"(tie_word_embeddings), so that loading would put the embedding in its place. {untie}"
+            f"(tie_word_embeddings), so that loading would put the embedding in its place. {_UNTIE}"
         )
 
 
@@ -254,21 +290,38 @@ def _is_table(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in _TABLES
 
 
-def _tied_to(base: Checkpoint, name: str, tied: bool | None) -> tuple[str | None, str | None]:
+def _tied_to(base: Checkpoint, name: str, tied: bool | None, in_full: bool) -> tuple[str | None, str | None]:
     """The head that is stored as a copy of an embedding, and what there is to say of a head."""
     if tied is False:
         return None, None
+    where = repr(str(base.folder))
     head = _head_of(list(base.owner))
+    if head is not None and not _same_bytes(base, name, head):
+        return None, f"{name} changes, and {head} has other values and stays as it is" if tied else None
+    if head is not None and tied is None:
+        raise ValueError(
+            f"the adapter changes {name!r}, {head!r} in {where} is a copy of it, and the {CONFIG} does not "
+            'say whether the two are tied. Write it there: "tie_word_embeddings": true or false.'
+        )
+    if in_full and (head is not None or _has_head(base.config)):
+        raise ValueError(
+            f"the adapter holds {name!r} in full (modules_to_save), and the head of {where} is tied to it. "
+            "PEFT trains a copy and leaves the old table to the head, which a tied model cannot hold. "
+            f"{_UNTIE}"
+        )
     if head is None:
         return None, (
             f"{name} changes, and no head is stored: a head that is tied to it changes with it, which it "
             "does not while PEFT trains"
         )
-    if not tied:
-        return None, None
-    if not _same_bytes(base, name, head):
-        return None, f"{name} changes, and {head} has other values and stays as it is"
     return head, f"{name} changes, and {head}, a stored copy of it, changes with it"
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model without a stored head has one, by the name of its class."""
+    names = config.get("architectures") or ["ForCausalLM"]
+    kinds = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+    return any(kind in str(name) for name in names for kind in kinds)
 
 
 def _same_bytes(base: Checkpoint, one: str, other: str) -> bool:
@@ -385,8 +438,10 @@ def _sum(w: np.ndarray, left: np.ndarray, update: Update, dtype: Any) -> tuple[n
         unsigned = np.dtype(f"u{w.dtype.itemsize}")
         moved = int(np.count_nonzero(new.reshape(-1).view(unsigned) != w.view(unsigned)))
         sums.updated, sums.still = w.size, w.size - moved
-    if not math.isfinite(sums.old + sums.lost):
+    finite = math.isfinite(sums.old + sums.lost)
+    if not finite:
         _check_finite(new, old)
+    if not finite or min(sums.old, sums.lost) < 1e-30 * w.size:  # where squares in float32 underflow
         known = np.isfinite(old)
         sums.old, sums.lost = (_squares(np.where(known, x, 0).astype(np.float64)) for x in (old, lost))
     return new, sums
@@ -454,7 +509,8 @@ def merge_checkpoint(
     :math:`W + s\,B A` is added in float32 (float64 if W or a factor is) and rounded once; entries whose
     update is zero keep their bits. Biases and modules_to_save replace the base's. The other files of the
     base are copied, weights in other forms left out. What is written lies beside `out` under another
-    name, and is renamed when it is whole and durable.
+    name, and is renamed when it is whole and durable. A folder at `out` that is empty stays the folder it
+    is: what is written lies in it under a hidden name, and is moved up, config.json last.
 
     Args:
         base: The folder with config.json and safetensors files.
@@ -462,7 +518,8 @@ def merge_checkpoint(
         out: The folder to make.
         dtype: What all floating tensors become, "F32", "F16" or "BF16"; by default each keeps its own.
         shard_size: The largest size of a file in bytes; by default the tensors are in files as the base's.
-        overwrite: Whether a model that is at `out` may be replaced; nothing else ever is.
+        overwrite: Whether a model that is at `out` may be replaced; a folder with any file that is no
+            model's, and that the base does not have either, never is.
         say: Called with notes, before anything is written.
         progress: Called with the bytes that were written and those there are to write.
 
@@ -481,11 +538,12 @@ def merge_checkpoint(
     source = _checkpoint(base)
     target = local_path(out)
     _check_places(source.folder, local_path(adapter), target)
-    _check_vacant(target, overwrite)
-    made = changes(source, read_peft(adapter))
     entries = _entries(source, dtype)
     files = _files(source, entries, shard_size)
     copied, left_out = _others(source)
+    known = {*files, *copied}
+    _check_vacant(target, overwrite, known)
+    made = changes(source, read_peft(adapter))
     notes = [*made.notes]
     if left_out:
         notes.append(f"not copied, since they hold weights that are not merged: {', '.join(left_out)}")
@@ -493,24 +551,29 @@ def merge_checkpoint(
         say(note)
     created = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = None
+    # An empty folder may be a mount point, or where a shell stands, and is filled.
+    fill = target.is_dir() and not any(target.iterdir())
+    # Else beside the target, since only inside one file system is a rename atomic.
+    staging = (target if fill else target.parent) / f".lora_jax-{secrets.token_hex(6)}"
     try:
         size = sum(entries[name].size for name in entries)
-        _check_space(target, size + sum((source.folder / name).stat().st_size for name in copied))
-        # Beside the target, since only inside one file system is a rename atomic.
-        staging = Path(tempfile.mkdtemp(prefix=".lora_jax-", dir=target.parent))
+        _check_space(staging.parent, size + sum((source.folder / name).stat().st_size for name in copied))
+        staging.mkdir(mode=0o700)
         new = staging / "new"
         new.mkdir()
         leaves = _write(new, source, made, entries, files, lambda done: progress(done, size))
         _write_rest(new, source, entries, files, copied, dtype)
         for path in (*new.rglob("*"), new):
             sync(path)
-        _check_vacant(target, overwrite)
-        put(new, target, staging / "old")
+        if fill:
+            _move_up(new, target, staging)
+        else:
+            _check_vacant(target, overwrite, known)
+            put(new, target, staging / "old")
         created = []
     finally:
         # What was at the target is only there if it could not be put back.
-        if staging is not None and (target.exists() or not (staging / "old").exists()):
+        if target.exists() or not (staging / "old").exists():
             shutil.rmtree(staging, ignore_errors=True)
         for folder in created:  # of a merge that failed
             if folder.is_dir() and not any(folder.iterdir()):
@@ -529,29 +592,87 @@ def _check_places(base: Path, adapter: Path, target: Path) -> None:
         raise ValueError(f"{str(target)!r} is inside of the base; write a folder beside it.")
 
 
-def _check_vacant(target: Path, overwrite: bool) -> None:
+def _check_vacant(target: Path, overwrite: bool, known: Collection[str]) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if target.is_dir() and not any(target.iterdir()):
         return
+    where = repr(str(target))
     if not overwrite:
+        what = some(sorted(path.name for path in target.iterdir())) if target.is_dir() else "something"
         raise FileExistsError(
-            f"there is something at {str(target)!r} already; write another folder, or --overwrite to replace "
-            "a model."
+            f"there is {what} at {where} already; write another folder, or --overwrite to replace a model."
         )
-    if not (target / CONFIG).is_file():
+    if not _is_model(target):
         raise FileExistsError(
-            f"{str(target)!r} holds no {CONFIG}, so it is no model, and --overwrite replaces nothing else. "
-            "Remove it, or write another folder."
+            f"{where} is no model (a {CONFIG} with model_type or architectures, and {SINGLE} or {INDEX}), "
+            "and --overwrite replaces nothing else. Remove it, or write another folder."
+        )
+    foreign = [str(name) for name in _inside(target) if not _is_known(name, known)]
+    if foreign:
+        raise FileExistsError(
+            f"{where} holds more than a model: {some(foreign)}, which --overwrite would lose. Move or remove "
+            "it, or write another folder."
+        )
+    if os.path.ismount(target) or target in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(
+            f"{where} is a mount point, or where this command runs, and no other folder can take its place. "
+            "Remove the files in it, or write another folder."
         )
 
 
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
+def _is_model(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    try:
+        config = read_config(folder)
+    except ValueError:
+        return False
+    return bool(config.get("model_type") or config.get("architectures"))
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """All files and links of a folder, and the folders in it that are empty."""
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        if here != folder and not folders and not files:
+            yield here.relative_to(folder)
+        yield from ((here / name).relative_to(folder) for name in (*files, *links))
+
+
+def _is_known(name: Path, known: Collection[str]) -> bool:
+    return (
+        str(name) in known
+        or len(name.parts) == 1
+        and (name.name in _MODEL_FILES or _MODEL_FILE.fullmatch(name.name) is not None)
+    )
+
+
+def _move_up(new: Path, target: Path, staging: Path) -> None:
+    """Move what is in a folder to the one that it is staged in; all of it or nothing."""
+    others = [path.name for path in target.iterdir() if path != staging]
+    if others:
+        raise FileExistsError(f"there is {some(others)} in {str(target)!r} now, which was empty before.")
+    # Without its config, half of a model is none.
+    paths = sorted(new.iterdir(), key=lambda path: path.name == CONFIG)
+    try:
+        for path in paths:
+            os.rename(path, target / path.name)
+    except BaseException:
+        for path in reversed(paths):
+            if (target / path.name).exists():
+                os.rename(target / path.name, path)
+        raise
+    sync(target)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"the merged model takes {needed:,} bytes, and {free:,} are free at "
-            f"{str(target.parent)!r}. Nothing was written."
+            f"the merged model takes {needed:,} bytes, and {free:,} are free at {str(folder)!r}. Nothing was "
+            "written."
         )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -121,10 +122,10 @@ def all_kinds(dtype):
         "model.embed_tokens": ("embedding", draw(RANK, 13), draw(6, RANK, seed=1)),
         "model.layers.0.fc": linear(10, 6),
         "model.layers.0.square": linear(6, 6, seed=3),
-        "model.layers.1.turned": linear(9, 6, seed=4),
+        "model.layers.1.c_fc": linear(9, 6, seed=4),
         "model.conv": ("conv2d", draw(RANK, 3, 2, 5), draw(8, RANK, 1, 1, seed=6)),
     }
-    shapes = {"model.embed_tokens": (13, 6), "model.layers.1.turned": (6, 9), "model.conv": (8, 3, 2, 5)}
+    shapes = {"model.embed_tokens": (13, 6), "model.layers.1.c_fc": (6, 9), "model.conv": (8, 3, 2, 5)}
     arrays = {
         f"{module}.weight": draw(*shapes.get(module, (len(b), a.shape[1])), dtype=dtype, seed=7)
         for module, (_, a, b) in updates.items()
@@ -138,7 +139,7 @@ def all_kinds(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_merged_checkpoint_is_the_sum_rounded_once(tmp_path, capsys, dtype, shards):
     arrays, updates = all_kinds(DTYPES[dtype])
-    base = make_base(tmp_path / "base", arrays, shards)
+    base = make_base(tmp_path / "base", arrays, shards, model_type="gpt2")
     full = {"model.layers.0.fc.base_layer.bias": draw(10, seed=9)}
     bias = {"bias": "lora_only", "modules_to_save": ["other"]}
     adapter = make_adapter(tmp_path / "adapter", updates, full, **bias)
@@ -208,6 +209,22 @@ def test_zero_factors_change_nothing(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize(("size", "update"), [(1.0, 1e-27), (1e-30, 1e-32), (1e-30, 1.0)])
+def test_numbers_whose_squares_underflow_are_counted(tmp_path, capsys, size, update):
+    w = draw(24, 16, dtype=jnp.bfloat16, scale=size)
+    kind, a, b = linear(24, 16, scale=update)
+    base = make_base(tmp_path / "base", {"fc.weight": w})
+    adapter = make_adapter(tmp_path / "adapter", {"fc": (kind, a, b)})
+    code, out, err = run(capsys, "merge", base, adapter, tmp_path / "out", "--json")
+    assert code == 0, err
+    (tensor,) = json.loads(out)["tensors"]
+    delta, old = SCALE * b.astype(np.float64) @ a, w.astype(np.float64)
+    moved = read(tmp_path / "out")["fc.weight"].astype(np.float64) - old
+    lost = np.linalg.norm(moved - delta) / np.linalg.norm(delta)
+    assert tensor["lost"] == pytest.approx(lost, rel=1e-3) and lost > 1e-4
+    assert tensor["size"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(old), rel=1e-5)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("to", [None, "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -257,6 +274,32 @@ def test_square_matrices_lie_as_the_configs_say(tmp_path, capsys, config, flag, 
     assert run(capsys, "merge", base, adapter, tmp_path / "out")[0] == 0
     delta = deltas({module: update})[module]
     assert one_rounding(read(tmp_path / "out")[f"{module}.weight"], w + (delta.T if turned else delta))
+
+
+@pytest.mark.parametrize(
+    ("config", "flag", "module", "shape", "fine"),
+    [
+        ({"model_type": "llama"}, False, "model.k_proj", (6, 8), False),
+        ({"model_type": "llama"}, False, "model.k_proj", (8, 6), True),
+        ({"model_type": "other"}, True, "model.k_proj", (6, 8), True),
+        ({"model_type": "other"}, True, "model.k_proj", (8, 6), True),
+        ({"model_type": "gpt2"}, True, "h.c_fc", (6, 8), True),
+        ({"model_type": "gpt2"}, True, "h.c_fc", (8, 6), False),
+        ({"model_type": "gpt2"}, True, "h.other", (6, 8), False),
+    ],
+)
+def test_a_matrix_of_the_turned_shape_is_only_a_conv1d(tmp_path, capsys, config, flag, module, shape, fine):
+    w, update = draw(*shape), linear(8, 6)
+    make_base(tmp_path / "base", {f"{module}.weight": w}, **config)
+    make_adapter(tmp_path / "adapter", {module: update}, fan_in_fan_out=flag)
+    if not fine:
+        err = refused(tmp_path, capsys, "maps 6 to 8")
+        assert ("fan_in_fan_out" in err) == (shape == (6, 8))
+        return
+    assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")[0] == 0
+    delta = deltas({module: update})[module]
+    got = read(tmp_path / "out")[f"{module}.weight"]
+    assert one_rounding(got, w + (delta if shape == (8, 6) else delta.T))
 
 
 def test_shards_dtype_and_other_files(tmp_path, capsys):
@@ -323,7 +366,7 @@ TABLE = ("embedding", draw(RANK, 12), draw(6, RANK, seed=1))
 
 @pytest.mark.parametrize("tie", [True, None])
 def test_an_adapted_embedding_says_that_a_tied_head_changes(tmp_path, capsys, tie):
-    config = {} if tie is None else {"tie_word_embeddings": tie}
+    config = {"model_type": "other"} if tie is None else {"tie_word_embeddings": tie}
     base = make_base(tmp_path / "base", {"model.embed_tokens.weight": draw(12, 6)}, **config)
     adapter = make_adapter(tmp_path / "adapter", {"model.embed_tokens": TABLE})
     code, _, err = run(capsys, "merge", base, adapter, tmp_path / "out")
@@ -349,16 +392,50 @@ def test_a_stored_head_changes_only_as_the_embeddings_copy(tmp_path, capsys, tie
         assert ("other values" in err) == bool(tie)
 
 
-def test_an_embedding_that_was_trained_in_full_takes_its_stored_copy_with_it(tmp_path, capsys):
-    w, new = draw(12, 6), draw(12, 6, seed=3)
-    arrays = {"model.embed_tokens.weight": w, "lm_head.weight": w, "fc.weight": draw(8, 6)}
-    base = make_base(tmp_path / "base", arrays, tie_word_embeddings=True)
-    full = {"model.embed_tokens.weight": new}
-    adapter = make_adapter(tmp_path / "adapter", {"fc": linear(8, 6)}, full, modules_to_save=["embed_tokens"])
+@pytest.mark.parametrize(("model", "tied"), [("gpt2", True), ("llama", False), ("other", None)])
+def test_a_config_that_does_not_say_is_that_of_its_model(tmp_path, capsys, model, tied):
+    w = draw(12, 6)
+    arrays = {"transformer.wte.weight": w, "lm_head.weight": w}
+    base = make_base(tmp_path / "base", arrays, model_type=model)
+    adapter = make_adapter(tmp_path / "adapter", {"transformer.wte": TABLE})
+    if tied is None:
+        refused(tmp_path, capsys, '"tie_word_embeddings": true or false')
+        return
     code, _, err = run(capsys, "merge", base, adapter, tmp_path / "out")
     got = read(tmp_path / "out")
-    assert code == 0 and "stored copy" in err
-    assert got["lm_head.weight"].tobytes() == got["model.embed_tokens.weight"].tobytes() == new.tobytes()
+    assert code == 0 and one_rounding(got["transformer.wte.weight"], w + deltas({"m": TABLE})["m"])
+    head = got["transformer.wte.weight"] if tied else w
+    assert got["lm_head.weight"].tobytes() == head.tobytes() and ("stored copy" in err) == tied
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "fine"),
+    [
+        ({"tie_word_embeddings": True}, None, False),
+        ({"tie_word_embeddings": True}, "same", False),
+        ({"tie_word_embeddings": True}, "other", True),  # which transformers does not tie
+        ({"tie_word_embeddings": False}, "same", True),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, None, False),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, None, True),
+    ],
+)
+def test_an_embedding_that_was_trained_in_full_needs_a_head_of_its_own(
+    tmp_path, capsys, config, stored, fine
+):
+    w, new = draw(12, 6), draw(12, 6, seed=3)
+    arrays = {"model.embed_tokens.weight": w, "fc.weight": draw(8, 6)}
+    head = {"same": w, "other": draw(12, 6, seed=4)}.get(stored)
+    arrays |= {} if head is None else {"lm_head.weight": head}
+    base = make_base(tmp_path / "base", arrays, **config)
+    full = {"model.embed_tokens.weight": new}
+    adapter = make_adapter(tmp_path / "adapter", {"fc": linear(8, 6)}, full, modules_to_save=["embed_tokens"])
+    if not fine:
+        refused(tmp_path, capsys, "tie_word_embeddings = False")
+        return
+    code, _, err = run(capsys, "merge", base, adapter, tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert code == 0 and got["model.embed_tokens.weight"].tobytes() == new.tobytes(), err
+    assert head is None or got["lm_head.weight"].tobytes() == head.tobytes()
 
 
 def test_a_head_of_its_own_is_merged(tmp_path, capsys):
@@ -475,15 +552,80 @@ def test_nothing_is_overwritten_without_being_told(tmp_path, capsys):
     (out / "thesis.txt").write_text("all of it")
     refused(tmp_path, capsys, "--overwrite", there=["out"])
     refused(tmp_path, capsys, "replaces nothing else", "--overwrite", there=["out"])
-    (out / "config.json").write_text("{}")
-    refused(tmp_path, capsys, "--overwrite", there=["out"])
+    for text in ("{", "{}", '{"model_type": "llama"}'):  # no config, none of a model, no weights
+        (out / "config.json").write_text(text)
+        refused(tmp_path, capsys, "is no model", "--overwrite", there=["out"])
     assert (out / "thesis.txt").read_text() == "all of it"
-    assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", out, "--overwrite")[0] == 0
-    assert sorted(x.name for x in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert leftovers(tmp_path, "base", "adapter", "out") == []
     shutil.rmtree(out)
     out.write_text("a file")
     refused(tmp_path, capsys, "replaces nothing else", "--overwrite", there=["out"])
+
+
+@pytest.mark.parametrize(
+    "foreign", ["thesis.tex", ".git/HEAD", "src/train.py", "src/", "tokenizer/vocab.json"]
+)
+def test_a_model_with_anything_beside_it_is_not_overwritten(tmp_path, capsys, foreign):
+    good(tmp_path)
+    out = tmp_path / "out"
+    write_it = ("merge", tmp_path / "base", tmp_path / "adapter", out)
+    assert run(capsys, *write_it)[0] == 0
+    (out / "generation_config.json").write_text("{}")  # of another model
+    place = out / foreign
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir() if foreign.endswith("/") else place.write_text("mine")
+    refused(tmp_path, capsys, repr(foreign.removesuffix("/")), "--overwrite", there=["out"])
+    assert place.exists() and (out / "generation_config.json").exists()
+    shutil.rmtree(out / foreign.split("/")[0]) if "/" in foreign else place.unlink()
+    assert run(capsys, *write_it, "--overwrite")[0] == 0
+    assert sorted(x.name for x in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert leftovers(tmp_path, "base", "adapter", "out") == []
+
+
+@pytest.mark.parametrize("failure", [None, "write", "move", "interrupted", "space"])
+def test_an_empty_folder_is_filled_and_stays_the_same(tmp_path, capsys, monkeypatch, failure):
+    good(tmp_path)
+    (tmp_path / "base" / "1_Pooling").mkdir()
+    (tmp_path / "base" / "1_Pooling" / "x.json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    inode = out.stat().st_ino
+    monkeypatch.chdir(out)
+    right, moved = os.rename, []
+
+    def rename(source, target):
+        moved.append(os.path.basename(target))
+        if moved[-1] == "config.json" and failure in ("move", "interrupted"):
+            monkeypatch.setattr(os, "rename", right)
+            raise OSError("no rename today") if failure == "move" else KeyboardInterrupt
+        right(source, target)
+
+    def fails(*args):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(os, "rename", rename)
+    if failure == "write":
+        monkeypatch.setattr(stream, "_write_rest", fails)
+    if failure == "space":
+        free = {str(out): 10}
+        usage = lambda path: type("Usage", (), {"free": free.get(str(path), 10**9)})  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+    code, _, err = run(capsys, "merge", "../base", "../adapter", ".")
+    assert code == {None: 0, "interrupted": 130}.get(failure, 1), err
+    assert out.stat().st_ino == inode
+    expected = ["1_Pooling", "config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(x.name for x in out.iterdir()) == ([] if failure else expected)
+    assert leftovers(tmp_path, "base", "adapter", "out") == []
+    if failure is None:
+        assert moved[-1] == "config.json"
+        code, _, err = run(capsys, "merge", "../base", "../adapter", ".", "--overwrite")
+        assert code == 1 and "where this command runs" in err
+
+
+def test_a_mount_point_is_not_replaced(tmp_path, capsys, monkeypatch):
+    good(tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    refused(tmp_path, capsys, "is a mount point", "--overwrite", there=["out"])
 
 
 @pytest.mark.parametrize("out", ["base", "adapter", ".", "base/merged"])
@@ -565,7 +707,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, capsys, monkeypatch, failure,
 def test_a_rename_that_fails_puts_the_old_model_back(tmp_path, capsys, monkeypatch, when):
     good(tmp_path)
     shutil.copytree(tmp_path / "base", tmp_path / "out")
-    (tmp_path / "out" / "mine.txt").write_text("mine")
+    (tmp_path / "out" / "generation_config.json").write_text("mine")
     right = os.rename
 
     def fails(source, target):
@@ -579,7 +721,7 @@ def test_a_rename_that_fails_puts_the_old_model_back(tmp_path, capsys, monkeypat
     text, code = ("interrupted", 130) if when == "between" else ("no rename today", 1)
     refused(tmp_path, capsys, text, "--overwrite", code=code, there=["out"])
     assert read(tmp_path / "out")["model.fc.weight"].tobytes() == BASE["model.fc.weight"].tobytes()
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "generation_config.json").read_text() == "mine"
 
 
 # --- inspect ------------------------------------------------------------------------------------------
@@ -713,6 +855,53 @@ def test_the_command_runs_and_reports_progress(tmp_path):
     command = [sys.executable, "-m", "lora_jax.cli", "merge", "base", "adapter", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=_env())
     assert done.returncode == 0 and "merging: " in done.stderr and "model.fc.weight" in done.stdout
+
+
+_HANGS = """
+import signal, sys, time
+from lora_jax import cli, stream
+before = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+def hang(*args):
+    print("now", flush=True)
+    time.sleep(60)
+stream._write_rest = hang
+code = cli.main(sys.argv[1:])
+assert before == [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("number", "filled"), [("SIGTERM", False), ("SIGHUP", True), ("SIGINT", False)])
+def test_a_signal_leaves_nothing(tmp_path, number, filled):
+    good(tmp_path)
+    if filled:
+        (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", _HANGS, "merge", "base", "adapter", "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=_env(), **pipes) as process:
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(getattr(signal, number))
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, number), err
+    assert "interrupted" in err and "Traceback" not in err
+    assert leftovers(tmp_path, "base", "adapter", *(["out"] if filled else [])) == []
+    assert not filled or not any((tmp_path / "out").iterdir())
+
+
+def test_closed_outputs_are_no_errors(tmp_path):
+    good(tmp_path)
+    program = f"{sys.executable} -m lora_jax.cli"
+    for line in ("inspect adapter >&-", "merge base adapter out >&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{program} {line}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=_env(),
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert set(read(tmp_path / "out")) == set(BASE)
 
 
 def _env():
