@@ -1,7 +1,8 @@
 """Training runs on disk: saved while they go on, and resumed where they were.
 
-A run's directory holds `run.json`, which says that it is one, and by what number its best save is known;
-`metrics.jsonl`, a line for every `log`; and `checkpoints/STEP`, the saves (see saves.py).
+A run's directory holds `run.json`, which says that it is one, by what number its best save is known, and
+whether a save was ever whole; `metrics.jsonl`, a line for every `log`; and `checkpoints/STEP`, the saves (see
+saves.py).
 """
 
 from __future__ import annotations
@@ -49,17 +50,21 @@ class Run:
     caches). The frozen base is never written. Its fingerprint is, and a run does not go on with another.
 
     What the save does not hold is the caller's to keep the same: the settings of the optimizer and its
-    schedule, `loss_fn`, and what the data are. The key is the save's, so another one in the new state
-    changes nothing.
+    schedule, `loss_fn`, and what the data are. Rates of dropout are compared, and must be the same. The key
+    is the save's, so another one in the new state changes nothing.
 
     Saving is asynchronous: arrays are copied to the host, and the loop goes on while they are written. A
     save that was not finished does not count. When the loop ends by itself the last state is saved at
     once, and after a `break` when the run is left. On SIGTERM the step is finished and saved, and
     SystemExit(143) ends the program; code behind the loop does not run. Any other exception, Ctrl-C among
-    them, leaves the saves as they are; one that `save` had asked for in that step is still made.
+    them, leaves the saves as they are; one that `save` had asked for in that step is still made. Catch
+    KeyboardInterrupt outside of the `with`: caught inside, it leaves a half-done body that is saved as whole.
 
     Of several processes all run the same loop, on one directory that all of them see. Each has its own
     `data`; they stop at the same step when one of them is told to.
+
+    A step is saved once. After the loop numbers and lines are added to its save, and a `state` that was
+    put in the place of the saved one is refused; a Run is entered once.
 
     In the directory `run.json`, `metrics.jsonl` and `checkpoints` are the run's, and files and folders of
     other names are left alone. The lines of `metrics.jsonl` up to the last save must stay, and in
@@ -84,7 +89,8 @@ class Run:
         TypeError: `state` is no `TrainState`, or `data` has no position.
         ValueError: an option does not make sense. When the run is entered: the directory holds something
             else; its saves or lines of its metrics are lost; a save is damaged or of a newer format; it was
-            made for another base, other trained arrays or another optimizer, with a list of the differences;
+            made for another base, other trained arrays, rates of dropout or another optimizer, with a list of
+            the differences;
             its best save is known by another name.
         OSError: the directory cannot be written.
 
@@ -142,12 +148,19 @@ class Run:
         self._lines: list[tuple[int, dict[str, Any]]] = []  # logged, and not written yet
         self._writing: int | None = None  # the step whose save may not be whole yet
         self._stop = False
+        self._replaced = False  # whether `state` is another than when it was last saved
+        self._left = False
 
     # --- Entering and leaving ---------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         if self._manager is not None:
             raise RuntimeError(f"the run in {str(self.directory)!r} is open; enter it once.")
+        if self._left:
+            raise RuntimeError(
+                f"this Run in {str(self.directory)!r} was left; to go on make another one: with "
+                "Run(directory, state, data, ...) as run."
+            )
         with contextlib.ExitStack() as undo:
             self._iterator = _iterator(self._data)
             self._position(check=True)
@@ -156,12 +169,13 @@ class Run:
                 if self._is_first:
                     self._claim(undo)
                     undo.callback(shutil.rmtree, self._saves / _TRASH, ignore_errors=True)
+                _check_not_lost(self.directory)
             self._resume()
             # Nothing was touched before all was found in order.
             with _writable(self.directory):
                 size = _size(self.directory / _METRICS, self._line_count, self.step)
                 if self._is_first:
-                    self._note_best(undo)
+                    self._note(undo)
                     self._saves.mkdir(exist_ok=True)
                     self._file = undo.enter_context(open(self.directory / _METRICS, "ab"))
                     self._file.truncate(size)
@@ -179,8 +193,10 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         mark = self.directory / _MARK
         if not mark.exists():
-            _write_json(mark, {"lora_jax": "run", "format": saves.FORMAT})
+            mark.touch()
         _lock(undo, mark)
+        if not mark.stat().st_size:  # only with the lock, since several may start at once
+            mark.write_text(json.dumps({"lora_jax": "run", "format": saves.FORMAT}) + "\n")
 
     def _resume(self) -> None:
         """Take what the newest save holds."""
@@ -188,39 +204,48 @@ class Run:
         contents = [saves.description(self.directory, n) for n in saves.saved_steps(self.directory)]
         self._numbers = {content["step"]: content["metrics"] for content in contents}
         self._check_best()
-        self._base, self._form = saves.base(self._state), saves.form(self._state)
+        self._base = saves.base(self._state)
+        self._form = saves.form(self._state) | {"dropout": saves.dropout(self._state)}
         if contents:
             self._content = contents[-1]
             self._state = saves.restored(self.directory, self._content, self._state, self._form)
             self._set_position(self._content["positions"])
         else:
             self._check_unspent()
+        self._replaced = False
         self.step = self._content["step"] if contents else int(self._state.step)
         self._saved = self.step if contents else None
         self._line_count = self._content["lines"] if contents else 0
 
     def _check_best(self) -> None:
         """Refuse to go on in a way that deletes the save which was the best until now."""
-        mark = self.directory / _MARK
-        known: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {}
-        name, mode = known.get("best"), known.get("mode", "min")
-        if name is None or (name, mode) == self._best:
+        known = _known_best(self.directory)
+        if known is None or known == self._best:
             return
+        name, mode = known
         step = saves.best_step(self._numbers, name, mode)
         if step is not None:
             raise RunError(
                 f"the run in {str(self.directory)!r} keeps the save of step {step}, the best by {name!r}; "
-                f"write best={name!r}, mode={mode!r}. To let it go, take 'best' out of {str(mark)!r}."
+                f"write best={name!r}, mode={mode!r}. To let it go, take 'best' out of "
+                f"{str(self.directory / _MARK)!r}."
             )
 
-    def _note_best(self, undo: contextlib.ExitStack) -> None:
-        mark = self.directory / _MARK
-        known: dict[str, Any] = json.loads(mark.read_text())
-        rest = {name: value for name, value in known.items() if name not in ("best", "mode")}
-        new = rest if self._best is None else rest | {"best": self._best[0], "mode": self._best[1]}
+    def _note(self, undo: contextlib.ExitStack) -> None:
+        """Say in run.json by what the best is known, and whether a save was ever whole."""
+        known = _read_mark(self.directory)
+        new = {name: value for name, value in known.items() if name not in ("best", "mode", "saved")}
+        if self._best is not None:
+            new |= {"best": self._best[0], "mode": self._best[1]}
+        self._noted = self._saved is not None
+        if self._noted:
+            new["saved"] = True
         if new != known:
-            _write_json(mark, new)
-            _lock(undo, mark)  # it is another file now
+            mark = self.directory / _MARK
+            file = mark.with_suffix(".new")
+            file.write_text(json.dumps(new) + "\n")
+            _lock(undo, file)  # before it has the name by which others find it
+            os.replace(file, mark)
 
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -246,10 +271,18 @@ class Run:
         if threading.current_thread() is not threading.main_thread():
             return  # only there can a signal be caught
 
-        def handler(*_: Any) -> None:
-            self._stop = True
+        before, process = signal.getsignal(signal.SIGTERM), os.getpid()
 
-        before = signal.signal(signal.SIGTERM, handler)
+        def handler(number: int, frame: Any) -> None:
+            if os.getpid() == process:
+                self._stop = True
+            elif callable(before):  # in a child that inherited the handler it is as if there were no run
+                before(number, frame)
+            elif before != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+        signal.signal(signal.SIGTERM, handler)
         undo.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -268,7 +301,7 @@ class Run:
                         error.add_note(f"The save of step {self.step} was asked for and not made: {other}")
                 self._wait()
         finally:
-            self._manager = None
+            self._manager, self._left = None, True
         if error is None and self._stop:
             raise SystemExit(_STOPPED)
 
@@ -281,12 +314,18 @@ class Run:
 
     @state.setter
     def state(self, new: TrainState) -> None:
-        self._state = _checked(new)
+        self._replaced |= _checked(new) is not self._state
+        self._state = new
         if self._in_body and self._before is not None:
             self._before = None
             self.step += 1
 
     def __iter__(self) -> Iterator[Any]:
+        if self._manager is not None and self._in_body and self._before is not None:
+            # A loop was left before the step: the next one begins with that batch.
+            self._in_body = False
+            if self._iterator is not None:
+                self._iterator.set_state(_unpack(self._before))
         return self
 
     def __next__(self) -> Any:
@@ -352,6 +391,8 @@ class Run:
         Raises:
             ValueError: the number that `best` names is missing.
             TypeError: what is given is no number.
+            RuntimeError: the step is saved already, and `state` was replaced since by another one.
+            FileNotFoundError: files of the run were deleted or moved.
         """
         if self._manager is None:
             raise RuntimeError("the run is not open; write: with Run(...) as run: ... run.save().")
@@ -380,8 +421,16 @@ class Run:
         self._write()
         if self.step != self._saved:
             self._start_save(numbers)
-        elif numbers or self._line_count != self._content["lines"]:
+            return
+        numbers = {} if self._replaced else numbers
+        if numbers or self._line_count != self._content["lines"]:
             self._amend(numbers)
+        if self._replaced:
+            raise RuntimeError(
+                f"step {self.step} is saved already, and run.state is another one now, which that save does "
+                "not hold. Replace run.state in the loop's body, before the step is saved, or start a Run "
+                "in another directory with the new state."
+            )
 
     def _start_save(self, numbers: dict[str, float]) -> None:
         self._check_unspent()
@@ -419,7 +468,7 @@ class Run:
         self._numbers[self.step] = numbers
         with self._saving():
             self._manager.save(self.step, args=saves.arguments(arrays, content), force=True)
-        self._saved, self._content = self.step, content
+        self._saved, self._content, self._replaced = self.step, content, False
 
     def _amend(self, numbers: dict[str, float]) -> None:
         """Add numbers, and the lines that were logged since, to the save of this step."""
@@ -452,14 +501,24 @@ class Run:
 
     def _check_there(self) -> None:
         if not (self.directory / _MARK).exists():
-            raise FileNotFoundError(
-                f"the run's directory {str(self.directory)!r} was deleted or moved while the run went on, so "
-                f"step {self.step} cannot be saved; leave it until the run has ended."
-            )
+            lost = f"directory {str(self.directory)!r}"
+        elif not self._saves.is_dir():
+            lost = f"folder of saves {str(self._saves)!r}"
+        elif self._is_first and not _is_open(self._file, self.directory / _METRICS):
+            lost = f"file {str(self.directory / _METRICS)!r}"
+        else:
+            return
+        raise FileNotFoundError(
+            f"the run's {lost} was deleted or moved while the run went on, so step {self.step} cannot be "
+            "saved; leave it until the run has ended."
+        )
 
     def _wait(self) -> None:
         with self._saving():
             self._manager.wait_until_finished()
+        if self._writing is not None and self._is_first and not self._noted:
+            self._check_there()
+            self._note(self._undo)
         self._writing = None
 
     @contextlib.contextmanager
@@ -468,9 +527,11 @@ class Run:
             yield
         except Exception as error:
             self._check_there()
+            whole = [step for step in saves.saved_steps(self.directory) if step != self._writing]
+            onward = f"goes on from step {whole[-1]}" if whole else "begins anew"
             error.add_note(
-                f"Step {self._writing} of the run in {str(self.directory)!r} could not be saved. The saves "
-                "before it are whole; started again, the run goes on from the last of them."
+                f"Step {self._writing} of the run in {str(self.directory)!r} could not be saved. Started "
+                f"again, the run {onward}."
             )
             raise
 
@@ -511,6 +572,7 @@ class Run:
         Raises:
             TypeError: `metrics` is no dict with strings as names, or JSON does not hold what is in it.
             RuntimeError: one of the arrays was given to a step, which took its memory.
+            FileNotFoundError: the file was deleted or moved; told when the line is written.
         """
         if self._manager is None:
             raise RuntimeError("the run is not open; write: with Run(...) as run: ... run.log(metrics).")
@@ -518,7 +580,13 @@ class Run:
             raise TypeError(
                 f"run.log was given {_shown(metrics)}; write names and values: run.log({{'loss': loss}})."
             )
-        line = {"step": self.step} | _loggable(metrics, "metrics")
+        try:
+            line = {"step": self.step} | _loggable(metrics, "metrics")
+        except RecursionError:
+            raise TypeError(
+                "run.log was given a dict or list that contains itself, or one nested too deep; write "
+                "numbers and names."
+            ) from None
         step = line["step"]
         if isinstance(step, bool) or not (
             isinstance(step, int)
@@ -535,6 +603,8 @@ class Run:
         """Write the lines that were logged before a step; all of them by default."""
         count = sum(before is None or step < before for step, _ in self._lines)
         lines, self._lines = self._lines[:count], self._lines[count:]
+        if lines:
+            self._check_there()
         for _, line in lines:
             _loggable(line, "metrics")  # once more, since a step may have taken an array
             text = json.dumps(line, default=lambda x: np.asarray(x).tolist())
@@ -561,23 +631,26 @@ def restore(
     step: int | None = None,
     *,
     best: str | None = None,
-    mode: Literal["min", "max"] = "min",
+    mode: Literal["min", "max"] | None = None,
 ) -> TrainState:
     """Read a state out of a run's directory, for use outside of the run. Nothing there is touched.
 
     Args:
         directory: That of the `Run`, which may still go on.
-        state: The form of what is read, as for `Run`: the same base, and arrays of the same shapes.
+        state: The form of what is read, as for `Run`: the same base, and arrays of the same shapes. Its
+            rates of dropout may be others.
         step: Which save; by default the newest.
-        best: The name of a number given to `save`: the save that has the best one is read.
-        mode: Whether the best is the least ("min") or the greatest ("max").
+        best: The name of a number given to `save`: the save that has the best one is read. A run that was
+            given `best` has kept the best by that name alone, and no other is read.
+        mode: Whether the best is the least ("min") or the greatest ("max"); by default as the run has it,
+            and the least where it was given no `best`.
 
     Returns:
         The `TrainState` that was saved, with the base's arrays of `state`.
 
     Raises:
         FileNotFoundError: there is no such save.
-        ValueError: as for `Run`; or `step` and `best` are both given.
+        ValueError: as for `Run`; `step` and `best` are both given; `best` or `mode` is not the run's.
 
     >>> import optax, tempfile, lora_jax
     >>> from lora_jax import checkpoint
@@ -590,21 +663,41 @@ def restore(
     0
     """
     _checked(state)
-    step, by = _count("step", step, 0), _best(best, mode)
+    step, by = _count("step", step, 0), _best(best, "min" if mode is None else mode)
     if step is not None and by is not None:
         raise ValueError(f"step={step} and best={best!r} are both given; write the one or the other.")
     path = local_path(directory)
-    saved = saves.saved_steps(path)
+    known = _known_best(path)
+    if by is not None and known is not None:
+        if by[0] != known[0] or mode not in (None, known[1]):
+            raise RunError(
+                f"the run in {str(path)!r} keeps the best by {known[0]!r}, mode {known[1]!r}, and was asked "
+                f"for best={best!r}, mode={by[1]!r}; write best={known[0]!r}, or the step of another save."
+            )
+        by = known
+    form = saves.form(state)
+    while True:
+        saved = saves.saved_steps(path)
+        try:
+            content = saves.description(path, _chosen(path, saved, step, by))
+            return saves.restored(path, content, state, form)
+        except RunError:
+            # A run that goes on deletes a save once it has a newer one.
+            if saves.saved_steps(path) == saved:
+                raise
+
+
+def _chosen(path: Path, saved: list[int], step: int | None, by: tuple[str, str] | None) -> int:
+    """Which of the saves `restore` is to read."""
     if not saved:
         raise FileNotFoundError(f"there is no save in {str(path)!r}; write the directory of a Run.")
     if by is not None:
         step = saves.best_step({n: saves.description(path, n)["metrics"] for n in saved}, *by)
         if step is None:
-            raise FileNotFoundError(f"no save in {str(path)!r} has a {best!r}; write run.save({best}=...).")
+            raise FileNotFoundError(f"no save in {str(path)!r} has a {by[0]!r}; write run.save({by[0]}=...).")
     if step is not None and step not in saved:
         raise FileNotFoundError(f"there is no save of step {step} in {str(path)!r}; there are {saved}.")
-    content = saves.description(path, saved[-1] if step is None else step)
-    return saves.restored(path, content, state, saves.form(state))
+    return saved[-1] if step is None else step
 
 
 # --- What is given ------------------------------------------------------------------------------------
@@ -657,34 +750,60 @@ def _writable(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content) + "\n")
-    os.replace(new, file)
+def _read_mark(directory: Path) -> dict[str, Any]:
+    """What run.json says; nothing if there is none, or an empty one that is being made."""
+    mark = directory / _MARK
+    if not mark.exists() or not mark.stat().st_size:
+        return {}
+    known: dict[str, Any] = {}
+    try:
+        known = json.loads(mark.read_text())
+        ours = known["lora_jax"] == "run" and isinstance(known["format"], int)
+    except (ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise RunError(f"{str(mark)!r} is not what a run writes; write another directory, or move it away.")
+    saves.check_format(directory, known["format"])
+    best, mode = known.get("best"), known.get("mode", "min")
+    if not (best is None or (isinstance(best, str) and best)) or mode not in ("min", "max"):
+        raise RunError(
+            f"{str(mark)!r} has 'best': {best!r}, 'mode': {mode!r}; write there the name of a number, and "
+            "'min' or 'max', or take both out."
+        )
+    return known
+
+
+def _known_best(directory: Path) -> tuple[str, str] | None:
+    """By what number, and which mode, a run in a directory knows its best save."""
+    known = _read_mark(directory)
+    return None if known.get("best") is None else (known["best"], known.get("mode", "min"))
+
+
+def _check_not_lost(directory: Path) -> None:
+    """Refuse to start over where there were saves."""
+    metrics, folder = directory / _METRICS, directory / saves.FOLDER
+    if not metrics.exists() or not metrics.stat().st_size or saves.saved_steps(directory):
+        return
+    if not folder.is_dir() or _read_mark(directory).get("saved"):
+        raise RunError(
+            f"{str(metrics)!r} has the lines of a run, and its saves in {str(folder)!r} are gone. Restore "
+            "that folder from a copy; to start again from step 0, move the file away."
+        )
+
+
+def _is_open(file: Any, path: Path) -> bool:
+    """Whether a path leads to a file that was opened, and to no other."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _check_ours(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise RunError(f"{str(directory)!r} is a file; write a directory for the run.")
-    mark = directory / _MARK
-    if mark.exists():
-        try:
-            known = json.loads(mark.read_text())["lora_jax"] == "run"
-        except (ValueError, TypeError, KeyError):
-            known = False
-        if not known:
-            raise RunError(
-                f"{str(mark)!r} is not what a run writes; write another directory, or move it away."
-            )
-        metrics, folder = directory / _METRICS, directory / saves.FOLDER
-        if not folder.is_dir() and metrics.exists() and metrics.stat().st_size:
-            raise RunError(
-                f"{str(metrics)!r} has the lines of a run, and the folder of its saves, {str(folder)!r}, is "
-                "gone. Restore that folder from a copy; to start again from step 0, move the file away."
-            )
-        return
+    # Looked for before run.json, which a run that starts at the same time makes first.
     foreign = [name for name in (_METRICS, saves.FOLDER) if (directory / name).exists()]
-    if foreign:
+    if not _read_mark(directory) and foreign:
         raise RunError(
             f"{str(directory)!r} holds {' and '.join(foreign)}, and no {_MARK} that says they are a run's; "
             "write another directory, or move them away."
@@ -693,6 +812,10 @@ def _check_ours(directory: Path) -> None:
 
 def _lock(undo: contextlib.ExitStack, mark: Path) -> None:
     """Keep every other `Run` away, until this one is left or its process ends in whatever way."""
+    at_work = RuntimeError(
+        "another process, or another Run in this one, is at work on the run in "
+        f"{str(mark.parent)!r}; end it, or write another directory."
+    )
     try:
         import fcntl
     except ImportError:  # Windows
@@ -702,12 +825,11 @@ def _lock(undo: contextlib.ExitStack, mark: Path) -> None:
         # Not lockf, whose lock is gone once anything in the process has closed the same file.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise RuntimeError(
-            "another process, or another Run in this one, is at work on the run in "
-            f"{str(mark.parent)!r}; end it, or write another directory."
-        ) from None
+        raise at_work from None
     except OSError:  # a file system without locks
         pass
+    if not _is_open(file, mark):  # it was replaced before the lock was had
+        raise at_work
 
 
 # --- The data's position ------------------------------------------------------------------------------
@@ -776,7 +898,8 @@ def _gathered(text: str) -> list[str]:
 def _size(file: Path, count: int, step: int) -> int:
     """The bytes of the first so many lines, those that a save was made with; what follows them is dropped.
 
-    Only a last line may be torn. A file that somebody has emptied is one without lines.
+    Only a last line may be torn, and blank lines may follow. A file that somebody has emptied is one without
+    lines.
     """
     size = found = 0
     if file.exists():
@@ -784,6 +907,8 @@ def _size(file: Path, count: int, step: int) -> int:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break
+                if found >= count and not line.strip():
+                    continue
                 found += 1
                 try:
                     known = isinstance(json.loads(line)["step"], int)
@@ -811,10 +936,18 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         kinds = (np.bool_, np.integer, np.floating)
         return not isinstance(value, Tracer) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-    return isinstance(value, (bool, int, float))
+    if not isinstance(value, (bool, int, float)):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an integer greater than any float
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python may refuse to write it
+        return f"an integer of {value.bit_length()} bits, more than a float holds"
     is_array = isinstance(value, (jax.Array, np.ndarray))
     return f"{value.dtype}{list(value.shape)}" if is_array else repr(value)[:60]
 

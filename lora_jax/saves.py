@@ -120,6 +120,12 @@ def form(state: TrainState) -> dict[str, Any]:
     }
 
 
+def dropout(state: TrainState) -> dict[str, list[float]]:
+    """The rates of dropout, which have a part in the curve and none in what a state computes elsewhere."""
+    units = leaves_with_path(state.trainable, is_wrapped_leaf)
+    return {path: [node.dropout] for path, node in units if isinstance(node, LoraWeight)}
+
+
 def differences(here: Mapping[str, Any], saved: Mapping[str, Any], count: int = 20) -> str:
     """What two forms differ by, a line for every name; empty when they do not differ."""
     lines = []
@@ -178,22 +184,28 @@ def _reading(directory: Path, step: int) -> Iterator[None]:
     except Exception as error:
         cause = (str(error).strip().splitlines() or [""])[0][:200]
         others = [n for n in saved_steps(directory) if n != step]
+        it = "it" if others else "it and metrics.jsonl"
         onward = f"goes on from step {others[-1]}" if others else "starts again"
         raise RunError(
             f"the save in {str(directory / FOLDER / str(step))!r} is damaged ({type(error).__name__}: "
-            f"{cause}). Restore that folder from a copy, or move it away: then the run {onward}."
+            f"{cause}). Restore that folder from a copy, or move {it} away: then the run {onward}."
         ) from None
+
+
+def check_format(directory: Path, number: int) -> None:
+    """Refuse what a later version wrote."""
+    if number > FORMAT:
+        raise RunError(
+            f"the run in {str(directory)!r} has format {number} and this version of lora_jax "
+            f"reads formats up to {FORMAT}; install a newer one: pip install --upgrade lora-jax."
+        )
 
 
 def description(directory: Path, step: int) -> dict[str, Any]:
     """The description of a save."""
     with _reading(directory, step):
         sealed = json.loads((directory / FOLDER / str(step) / _DESCRIPTION).read_text())
-        if sealed["format"] > FORMAT:
-            raise RunError(
-                f"the run in {str(directory)!r} has format {sealed['format']} and this version of lora_jax "
-                f"reads formats up to {FORMAT}; install a newer one: pip install --upgrade lora-jax."
-            )
+        check_format(directory, sealed["format"])
         if _crc(sealed["content"]) != sealed["crc32"]:
             raise ValueError("the checksum of its description is wrong")
         return sealed["content"]
@@ -206,17 +218,20 @@ def restored(directory: Path, content: dict[str, Any], state: TrainState, form: 
         directory: The run's.
         content: The save's description.
         state: The other state.
-        form: What the other state must have in common with the save.
+        form: What the other state must have in common with the save; `dropout` need not be in it.
     """
     saved = content | {"arrays": {name: kind[:2] for name, kind in content["arrays"].items()}}
+    # The first saves that were ever made had no `dropout`.
+    parts = [part for part in ("adapter", "base", "dropout") if part in form and part in saved]
     here, there = (
-        d["arrays"] | {f"{what}/{name}": x for what in ("adapter", "base") for name, x in d[what].items()}
+        d["arrays"] | {f"{part}/{name}": x for part in parts for name, x in d[part].items()}
         for d in (form, saved)
     )
     if lines := differences(here, there):
+        rates = ", for dropout by wrap(..., dropout=...)" if "dropout/" in lines else ""
         raise RunError(
             f"the run in {str(directory)!r} was saved with another base, adapter or optimizer:\n{lines}\n"
-            "Give those that it was started with, or another directory."
+            f"Give those that it was started with{rates}, or another directory."
         )
     forms = {name: _raw(x) for name, x in changing(state).items()}
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from typing import Any
 
@@ -474,11 +475,26 @@ def test_the_last_and_the_best_are_kept(tmp_path):
                     run.save(val=jnp.float32(losses[run.step]), other=1)
     assert saved(tmp_path) == [3, 8, 9]
     assert int(checkpoint.restore(tmp_path, make_state(), best="val").step) == 3
-    assert int(checkpoint.restore(tmp_path, make_state(), best="val", mode="max").step) == 8
+    for given in ({"best": "val", "mode": "max"}, {"best": "other"}, {"best": "other", "mode": "min"}):
+        message = (
+            "keeps the best by 'val', mode 'min', and was asked for best=.*; write best='val', or the step"
+        )
+        with pytest.raises(ValueError, match=message):
+            checkpoint.restore(tmp_path, make_state(), **given)
+    assert int(checkpoint.restore(tmp_path, make_state(), best="val", mode="min").step) == 3
     assert int(checkpoint.restore(tmp_path, make_state()).step) == 9
     assert bits(checkpoint.restore(tmp_path, make_state())) == bits(run.state)
     with pytest.raises(FileNotFoundError, match=r"no save of step 4 in .*; there are \[3, 8, 9\]"):
         checkpoint.restore(tmp_path, make_state(), 4)
+
+
+def test_without_a_best_in_the_run_any_number_tells_a_save(tmp_path):
+    with checkpoint.Run(tmp_path, make_state(), batch_of, steps=2, every=None) as run:
+        for batch in run:
+            run.state, _ = STEP(run.state, batch)
+            run.save(val=run.step)
+    for mode, step in ((None, 1), ("min", 1), ("max", 2)):
+        assert int(checkpoint.restore(tmp_path, make_state(), best="val", mode=mode).step) == step
     with pytest.raises(FileNotFoundError, match="has a 'loss'; write run.save"):
         checkpoint.restore(tmp_path, make_state(), best="loss")
 
@@ -489,6 +505,32 @@ def test_the_greatest_can_be_the_best(tmp_path):
             run.state, _ = STEP(run.state, batch)
             run.save(acc={1: 0.3, 2: 0.9, 3: 0.5, 4: 0.1}[run.step])
     assert saved(tmp_path) == [2, 4]
+    for given in ({}, {"mode": "max"}):
+        assert int(checkpoint.restore(tmp_path, make_state(), best="acc", **given).step) == 2
+    with pytest.raises(ValueError, match="by 'acc', mode 'max', and was asked for best='acc', mode='min'"):
+        checkpoint.restore(tmp_path, make_state(), best="acc", mode="min")
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_restore_looks_again_when_a_run_has_deleted_the_save(four_steps, tmp_path, monkeypatch, step):
+    shutil.copytree(four_steps, tmp_path / "run")
+    folder, real, read = tmp_path / "run" / "checkpoints", saves.description, []
+    (folder / "4").rename(tmp_path / "4")
+
+    def description(directory, step):
+        read.append(step)
+        if len(read) == 1:  # what the run does between the look at the folder and the read
+            (tmp_path / "4").rename(folder / "4")
+            (folder / "2").rename(tmp_path / "2")
+        return real(directory, step)
+
+    monkeypatch.setattr(saves, "description", description)
+    if step is None:
+        assert int(checkpoint.restore(tmp_path / "run", make_state()).step) == 4
+        assert read == [2, 4]
+    else:
+        with pytest.raises(FileNotFoundError, match=r"no save of step 2 in .*; there are \[4\]"):
+            checkpoint.restore(tmp_path / "run", make_state(), step)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +552,10 @@ def test_the_best_is_not_lost_by_another_name(tmp_path, other):
         train(5, **other)
     assert snapshot(tmp_path) == before
     mark = tmp_path / "run.json"
-    assert json.loads(mark.read_text()) == {"lora_jax": "run", "format": 1, "best": "val", "mode": "min"}
+    assert json.loads(mark.read_text()) == {
+        **{"lora_jax": "run", "format": 1},
+        **{"best": "val", "mode": "min", "saved": True},
+    }
     train(4, best="val")
     assert saved(tmp_path) == [2, 4]
     mark.write_text('{"lora_jax": "run", "format": 1}')
@@ -587,10 +632,13 @@ def test_a_torn_line_is_dropped_and_another_refused(tmp_path):
     go(tmp_path, steps=4)
     file = tmp_path / "metrics.jsonl"
     whole = file.read_bytes()
-    for more in (b'{"step": 5, "loss": 1.0}\n{"step": 6, "lo', b'{"step": 5, "lo'):
+    for more in (b'{"step": 5, "loss": 1.0}\n{"step": 6, "lo', b'{"step": 5, "lo', b"\n", b" \n\n"):
         file.write_bytes(whole + more)
         go(tmp_path, steps=4)
         assert file.read_bytes() == whole
+    file.write_bytes(b"\n" + whole)  # not behind what the save counts
+    with pytest.raises(ValueError, match=r"metrics.jsonl', line 1: b'\\n' is no line"):
+        go(tmp_path, steps=4)
     file.write_bytes(b"loss,step\n" + whole)
     with pytest.raises(ValueError, match=r"metrics.jsonl', line 1: b'loss,step\\n' is no line that run.log"):
         go(tmp_path, steps=4)
@@ -642,17 +690,23 @@ def test_lost_lines_are_told_of_and_the_way_out_works(four_steps, tmp_path, how)
         assert [line["step"] for line in lines(directory)] == list(range(5, steps + 1))
 
 
-def test_lost_saves_are_told_of_and_the_way_out_works(four_steps, tmp_path):
+@pytest.mark.parametrize("emptied", [False, True])
+def test_lost_saves_are_told_of_and_the_way_out_works(four_steps, tmp_path, emptied):
     directory = tmp_path / "run"
     shutil.copytree(four_steps, directory)
     shutil.rmtree(directory / "checkpoints")
+    if emptied:
+        (directory / "checkpoints").mkdir()
     before = snapshot(directory)
     with pytest.raises(
-        ValueError, match="metrics.jsonl' has the lines of a run, .*checkpoints', is gone. Restore"
+        ValueError, match="metrics.jsonl' has the lines of a run, .*checkpoints' are gone. Restore"
     ):
         go(directory)
     assert snapshot(directory) == before
     (directory / "metrics.jsonl").rename(tmp_path / "away")
+    with pytest.raises(ZeroDivisionError):  # before a first save there is again nothing to lose
+        go(directory, stop=1, how=crash)
+    assert len(lines(directory)) == 1
     assert go(directory).first == 0
     assert (directory / "metrics.jsonl").read_bytes() == unbroken("a function")[0]
 
@@ -698,6 +752,10 @@ OTHERS = {
         r"\nopt_state/0/trace/head/kernel:value: not in the save\n(.*\n)*opt_state/0/count: only in the save",
     ),
     "targets": (lambda: make_state(train=None), "trainable/head/kernel:value: only in the save\n"),
+    "dropout": (
+        lambda: make_state(dropout=0.5),
+        r"optimizer:\ndropout/up/kernel: 0.5 here, 0.2 in the save\nGive those .*, for dropout by wrap",
+    ),
     "parts": (
         lambda: make_state(parts={"up": [(0, 8)]}),
         r"adapter/up/kernel: axes \('in', 'out'\), blocks \(\(.* here, axes .*, blocks \(\) in",
@@ -726,6 +784,12 @@ def test_what_does_not_belong_to_a_run_is_refused_with_a_list(four_steps, other)
         go(four_steps, state=new())
     assert str(four_steps) in str(error.value)
     assert snapshot(four_steps) == before
+
+
+def test_restore_takes_another_dropout(four_steps):
+    state = checkpoint.restore(four_steps, make_state(dropout=0.0))
+    assert bits(state) == bits(checkpoint.restore(four_steps, make_state()))
+    assert state.trainable["up"]["kernel"].dropout == 0.0
 
 
 def test_data_of_another_kind_are_refused(four_steps):
@@ -779,6 +843,17 @@ def test_a_damaged_save_is_refused_and_the_way_out_works(four_steps, tmp_path, k
     assert ((directory / "metrics.jsonl").read_bytes(), bits(run.state)) == unbroken("a function")
 
 
+def test_of_a_damaged_only_save_the_way_out_works_too(tmp_path):
+    go(tmp_path / "run", steps=1)
+    (tmp_path / "run" / "checkpoints" / "1" / "run" / "metadata").write_text("")
+    message = "is damaged.*, or move it and metrics.jsonl away: then the run starts again"
+    with pytest.raises(ValueError, match=message):
+        go(tmp_path / "run")
+    for name in ("checkpoints/1", "metrics.jsonl"):
+        shutil.move(tmp_path / "run" / name, tmp_path / pathlib.Path(name).name)
+    assert go(tmp_path / "run", steps=2).first == 0
+
+
 def test_half_a_save_does_not_count(four_steps, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(four_steps, directory)
@@ -799,6 +874,27 @@ def test_a_newer_format_is_refused(four_steps, tmp_path):
         go(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2 and this version of lora_jax reads formats up to 1; install"),
+        ({"best": ["a"]}, r"run.json' has 'best': \['a'\], 'mode': 'min'; write there the name"),
+        ({"best": "val", "mode": 1}, "run.json' has 'best': 'val', 'mode': 1; write there"),
+        ({"format": None}, "run.json' is not what a run writes"),
+    ],
+)
+def test_another_run_json_is_refused(four_steps, tmp_path, change, message):
+    directory = tmp_path / "run"
+    shutil.copytree(four_steps, directory)
+    file = directory / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    before = snapshot(directory)
+    for call in (lambda: go(directory), lambda: checkpoint.restore(directory, make_state(), best="val")):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert snapshot(directory) == before
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "run.json"])
 def test_a_directory_that_holds_something_else_is_refused(tmp_path, name):
     if name == "checkpoints":
@@ -813,18 +909,22 @@ def test_a_directory_that_holds_something_else_is_refused(tmp_path, name):
         go(tmp_path / "notes.txt")
 
 
-def test_a_save_that_fails_is_told_of_and_leaves_the_one_before(tmp_path):
-    def spoil():
-        while not (tmp_path / "checkpoints" / "2").exists():
-            time.sleep(0.01)
-        (tmp_path / "checkpoints").rename(tmp_path / "away")
-        (tmp_path / "checkpoints").write_text("in the way")
+def test_a_save_that_fails_is_told_of_and_leaves_the_one_before(tmp_path, monkeypatch):
+    real = ocp.CheckpointManager.save
 
-    with pytest.raises(Exception) as error:
-        go(tmp_path, stop=3, how=spoil)
-    assert "Step 4 of the run" in "".join(error.value.__notes__)
-    (tmp_path / "checkpoints").unlink()
-    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    def save(manager, step, *args, **kwargs):
+        if step == 4:
+            raise OSError("no space left on device")
+        return real(manager, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", save)
+        with pytest.raises(OSError, match="no space left") as error:
+            go(tmp_path)
+    (note,) = error.value.__notes__
+    assert re.fullmatch(
+        r"Step 4 of .* could not be saved. Started again, the run goes on from step 2\.", note
+    )
     run = go(tmp_path)
     assert run.first == 2
     assert ((tmp_path / "metrics.jsonl").read_bytes(), bits(run.state)) == unbroken("a function")
@@ -835,6 +935,45 @@ def test_one_run_at_a_time_in_a_process_too(tmp_path):
         (tmp_path / "run.json").read_text()  # which closes the same file
         with pytest.raises(RuntimeError, match="another Run in this one, is at work"):
             checkpoint.Run(tmp_path, make_state(), batch_of, steps=1).__enter__()
+
+
+def test_of_several_that_start_at_once_one_is_at_work(tmp_path, monkeypatch):
+    real, random = pathlib.Path.exists, np.random.default_rng(0)
+
+    def exists(path, **kwargs):  # where one may overtake another
+        found = real(path, **kwargs)
+        if path.parent.parent == tmp_path:
+            time.sleep(random.random() / 300)
+        return found
+
+    monkeypatch.setattr(pathlib.Path, "exists", exists)
+    for attempt in range(30):
+        directory, runs, errors = tmp_path / str(attempt), [], []
+        start = threading.Barrier(3)
+
+        def enter(run, start=start, runs=runs, errors=errors):
+            start.wait()
+            try:
+                runs.append(run.__enter__())
+            except Exception as refused:
+                errors.append(refused)
+
+        made = [checkpoint.Run(directory, make_state(), batch_of, best="val") for _ in range(3)]
+        threads = [threading.Thread(target=enter, args=(run,)) for run in made]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for run in runs:
+            run.__exit__(None, None, None)
+        assert (len(runs), len(errors)) == (1, 2), errors
+        assert all("at work on the run" in str(error) for error in errors), errors
+
+
+def test_a_run_that_was_killed_while_it_made_its_mark_starts_again(tmp_path):
+    (tmp_path / "run.json").touch()
+    assert go(tmp_path, steps=1).first == 0
+    assert go(tmp_path, steps=2).first == 1
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -892,6 +1031,24 @@ def test_sigterm_outside_of_a_step_is_not_forgotten(tmp_path):
     assert go(tmp_path).first == 1
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["by default", "with a handler"])
+def test_sigterm_ends_a_forked_child(tmp_path, own):
+    before = signal.signal(signal.SIGTERM, (lambda *_: os._exit(7)) if own else signal.SIG_DFL)
+    try:
+        with checkpoint.Run(tmp_path, make_state(), batch_of, steps=1) as run:
+            with warnings.catch_warnings(action="ignore"):  # of threads, which the child does not use
+                child = os.fork()
+            if not child:
+                terminate()
+                time.sleep(0.1)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == (7 if own else -signal.SIGTERM)
+            assert not run._stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_thread_can_train(tmp_path):
     runs = []
 
@@ -926,12 +1083,64 @@ def test_a_state_that_the_body_keeps_to_itself_is_noticed_at_once(tmp_path):
             for batch in run:
                 state, _ = STEP(state, batch)
     with pytest.raises(RuntimeError, match="run.state is spent"):
-        with checkpoint.Run(tmp_path, make_state(), batch_of) as run:
+        with checkpoint.Run(tmp_path / "other", make_state(), batch_of) as run:
             for batch in run:
                 STEP(run.state, batch)
                 break
             run._saved = None  # as if there had been steps before
             run.step += 1
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("before", [True, False], ids=["before its step", "after it"])
+def test_a_second_loop_goes_on_where_the_first_was_left(tmp_path, kind, before):
+    with checkpoint.Run(tmp_path, make_state(), DATA[kind](), every=2, steps=STEPS) as run:
+        for stop in (3, 3, 6, None) if before else (3, 6, None):
+            for batch in run:
+                if before and run.step == stop:
+                    break
+                run.state, metrics = STEP(run.state, batch)
+                run.log(metrics)
+                if not before and run.step == stop:
+                    break
+    assert run.step == STEPS
+    assert ((tmp_path / "metrics.jsonl").read_bytes(), bits(run.state)) == unbroken(kind)
+
+
+def test_a_run_that_was_left_is_not_entered_again(tmp_path):
+    run = go(tmp_path, steps=2)
+    with pytest.raises(RuntimeError, match="was left; to go on make another one: with Run"):
+        with run:
+            pass
+    go(tmp_path, steps=3)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["behind the loop", "in a finished run"])
+def test_a_state_that_takes_the_place_of_a_saved_one_is_refused(tmp_path, again):
+    def train(state=None, numbers=None):
+        run = checkpoint.Run(tmp_path, make_state(), batch_of, steps=3)
+        run.state = make_state()  # before a start it is but the form
+        with run:
+            for batch in run:
+                run.state, _ = STEP(run.state, batch)
+            run.state = run.state
+            if state is not None:
+                run.log({"note": "stays"})
+                run.state = state(run.state)
+            if numbers:
+                run.save(**numbers)
+        return bits(run.state)
+
+    if again:
+        train()
+    for numbers in ({"val": 1.0}, None):
+        with pytest.raises(RuntimeError, match="step 3 is saved already, and run.state is another one now"):
+            train(lambda state: dataclasses.replace(state, key=jax.random.key(9)), numbers)
+    assert numbers_of(tmp_path, 3) == {}
+    assert [line["note"] for line in lines(tmp_path)] == ["stays", "stays"]
+    last = train(numbers={"val": 2.0})
+    assert numbers_of(tmp_path, 3) == {"val": 2.0}
+    assert bits(checkpoint.restore(tmp_path, make_state())) == last
 
 
 def test_a_state_that_does_not_count_is_refused(tmp_path):
@@ -976,7 +1185,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
 def test_a_directory_that_is_deleted_while_the_run_goes_on_is_told_of(tmp_path):
     directory = tmp_path / "run"
     message = (
-        f"the run's directory '{directory}' was deleted or moved while the run went on, so step 4 cannot"
+        f"the run's directory '{directory}' was deleted or moved while the run went on, so step [34] cannot"
     )
 
     def delete():
@@ -987,6 +1196,32 @@ def test_a_directory_that_is_deleted_while_the_run_goes_on_is_told_of(tmp_path):
     with pytest.raises(FileNotFoundError, match=message):
         go(directory, stop=3, how=delete)
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_files_that_are_deleted_while_the_run_goes_on_are_told_of(tmp_path, name, logs):
+    kind = {"metrics.jsonl": "file", "checkpoints": "folder of saves"}[name]
+    message = f"the run's {kind} '{tmp_path / name}' was deleted or moved while the run .*; leave it until"
+    run = checkpoint.Run(tmp_path, make_state(), batch_of, every=None if logs else 4, steps=6)
+    with pytest.raises(FileNotFoundError, match=message):
+        with run:
+            for batch in run:
+                run.state, metrics = STEP(run.state, batch)
+                if logs:
+                    run.log(metrics)
+                if run.step == 2:
+                    run.save()
+                if run.step == 3:
+                    run._wait()
+                    (tmp_path / name).rename(tmp_path / "away")
+                    if name == "metrics.jsonl":  # another one is not it
+                        (tmp_path / name).write_text("")
+    assert run.step == 4
+    if name == "metrics.jsonl":
+        (tmp_path / name).unlink()
+    (tmp_path / "away").rename(tmp_path / name)
+    assert go(tmp_path).first == 2
 
 
 def test_one_state_serves_one_run(tmp_path):
@@ -1052,6 +1287,10 @@ def test_what_restore_cannot_mean_is_refused(four_steps, given, message):
         checkpoint.restore(four_steps, make_state(), **given)
 
 
+ITSELF: dict[str, Any] = {}
+ITSELF["a"] = [ITSELF]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -1067,6 +1306,9 @@ def test_what_restore_cannot_mean_is_refused(four_steps, given, message):
         ({"step": jnp.ones(2, int)}, r"was given 'step': int64\[2\]"),
         ({"step": True}, "was given 'step': True"),
         ({"step": None}, "was given 'step': None"),
+        ({"a": 10**5000}, r"metrics\['a'\] = an integer of 16610 bits, more than a float holds; write"),
+        ({"step": 10**400}, r"metrics\['step'\] = an integer of 1329 bits"),
+        (ITSELF, "was given a dict or list that contains itself, or one nested too deep"),
     ],
 )
 def test_what_no_line_can_hold_is_refused_when_it_is_logged(tmp_path, given, message):
@@ -1096,6 +1338,7 @@ def test_a_logged_array_that_a_step_takes_is_told_of(tmp_path):
         ((), {"x": 1j}, r"save was given x=1j; write a number: x=float"),
         ((), {"x": None}, "save was given x=None; write a number"),
         ((), {"x": "1"}, "save was given x='1'; write a number"),
+        ((), {"x": 10**400}, "save was given x=an integer of 1329 bits, more than a float holds; write"),
         ((), {"x": [1]}, "save was given x=.1.; write a number"),
         ((), {"x": np.complex64(1)}, "save was given x=.*; write a number"),
     ],
