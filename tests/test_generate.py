@@ -222,6 +222,66 @@ def test_prompts_and_their_padding_have_one_shape():
         generate.greedy(model, params, pad(PROMPTS)[0], jnp.ones(6, bool), max_new=4, eos_id=1)
 
 
+@pytest.fixture(params=some([generate.greedy, generate.beam, generate.sample]), ids=lambda fn: fn.__name__)
+def short(request):
+    """A way to write four tokens, of prompts and valid."""
+    how = {"max_new": 4, "eos_id": 1} | ({"num_beams": 2} if request.param is generate.beam else {})
+    more = [jax.random.key(0)] if request.param is generate.sample else []
+    model, params = model_of(QWEN)
+    return lambda prompts, valid: request.param(model, params, prompts, valid, *more, **how)
+
+
+@pytest.mark.parametrize("token", [-1, model_of(QWEN)[0].config.vocab_size, 2**31 - 1])
+def test_a_token_outside_the_vocabulary_is_refused(short, token):
+    prompts, valid = pad(PROMPTS)
+    most = model_of(QWEN)[0].config.vocab_size - 1
+    with pytest.raises(ValueError, match=rf"prompts\[2, 5\] is {token}; .* tokens 0 to {most}\."):
+        short(prompts.at[2, 5].set(token), valid)
+
+
+def test_the_last_token_of_the_vocabulary_is_taken_and_tracing_changes_nothing(short):
+    prompts, valid = pad(PROMPTS)
+    last = model_of(QWEN)[0].config.vocab_size - 1
+    prompts = prompts.at[2, 5].set(last).at[2, 4].set(0)
+    np.testing.assert_array_equal(jax.jit(short)(prompts, valid), short(prompts, valid))
+
+
+def test_what_padding_holds_does_not_count(short):
+    prompts, valid = pad(PROMPTS)
+    fn = jax.jit(short)
+    expected = fn(prompts, valid)
+    for token in (-1, 10**9):
+        np.testing.assert_array_equal(fn(jnp.where(valid, prompts, token), valid), expected)
+
+
+def test_a_row_without_a_valid_token_is_refused(short):
+    prompts, valid = pad(PROMPTS)
+    with pytest.raises(ValueError, match=r"no token of the rows \[1\] of prompts is valid"):
+        short(prompts, valid.at[1].set(False))
+
+
+def test_valid_may_be_a_mask_of_integers_and_nothing_else(short):
+    prompts, valid = pad(PROMPTS)
+    fn = jax.jit(short)
+    np.testing.assert_array_equal(fn(prompts, valid.astype(jnp.int32)), fn(prompts, valid))
+    for wrong in (np.zeros((3, 6), np.int64), jnp.zeros((3, 6), jnp.int32)):
+        with pytest.raises(ValueError, match=r"no token of the rows \[0, 1, 2\]"):
+            short(prompts, wrong)
+    with pytest.raises(TypeError, match="valid is float32; write booleans"):
+        short(prompts, valid.astype(jnp.float32))
+    with pytest.raises(TypeError, match="prompts are float32; write integers"):
+        short(prompts.astype(jnp.float32), valid)
+
+
+def test_prompts_with_values_are_checked_where_parameters_are_traced():
+    model, params = model_of(QWEN)
+    prompts, valid = pad(PROMPTS)
+    how = {"prompts": prompts.at[0, 0].set(10**6), "valid": valid, "max_new": 2, "eos_id": 1}
+    fn = jax.jit(lora_jax.lora(functools.partial(generate.greedy, model, **how)))
+    with pytest.raises(ValueError, match=r"prompts\[0, 0\] is 1000000; the vocabulary has the tokens"):
+        fn(lora_jax.wrap(params, rank=2, targets=".*q_proj"))
+
+
 @needs_data
 def test_stories260k_tells_its_story():
     model, params = model_of(STORIES)

@@ -1,5 +1,6 @@
 """Folders in the Hugging Face layout: what they hold is read and written, or an error says why not."""
 
+import copy
 import functools
 import itertools
 import json
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from experiments.models import bert, gpt2, hub
+from experiments.models import bert, gpt2, hub, llama
 from lora_jax import names
 from lora_jax.tree import leaves_with_path, map_with_path
 
@@ -187,6 +188,286 @@ def test_merged_parameters_open_in_transformers(tmp_path):
         out = model.apply({"params": merged}, jnp.asarray(tokens))
         logits = out if library is gpt2 else out.logits
         assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+# --- What config.json leaves out ------------------------------------------------------------------
+
+# transformers 5.23: the fields that the models read, as an empty file gives them.
+CONFIGS = {
+    "gpt2": ("GPT2Config", gpt2.GPT2Config),
+    "bert": ("BertConfig", bert.BertConfig),
+    "roberta": ("RobertaConfig", bert.BertConfig),
+    "llama": ("LlamaConfig", llama.LlamaConfig),
+    "mistral": ("MistralConfig", llama.LlamaConfig),
+    "qwen2": ("Qwen2Config", llama.LlamaConfig),
+}
+DEFAULTS = {
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "layer_norm_epsilon": 1e-05,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_inner": None,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "tie_word_embeddings": True,
+        "vocab_size": 50257,
+    },
+    "bert": {
+        "attention_probs_dropout_prob": 0.1,
+        "classifier_dropout": None,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 0,
+        "type_vocab_size": 2,
+        "vocab_size": 30522,
+    },
+    "roberta": {
+        "attention_probs_dropout_prob": 0.1,
+        "classifier_dropout": None,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 1,
+        "type_vocab_size": 2,
+        "vocab_size": 50265,
+    },
+    "llama": {
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "mistral": {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "qwen2": {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+# What some fields do to others: the model_type, what the file has, and what becomes of it.
+DERIVED = [
+    ("gpt2", {"num_attention_heads": 4, "n_head": 2}, {"n_head": 4}),
+    (
+        "gpt2",
+        {"hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 40},
+        {"n_embd": 32, "n_layer": 3, "n_positions": 40},
+    ),
+    ("llama", {"hidden_size": 64, "num_attention_heads": 4}, {"num_key_value_heads": 4, "head_dim": 16}),
+    ("mistral", {"hidden_size": 64, "num_attention_heads": 4}, {"num_key_value_heads": 8, "head_dim": 16}),
+    ("qwen2", {"hidden_size": 64, "num_attention_heads": 4}, {"num_key_value_heads": 32}),
+    (
+        "qwen2",
+        {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": None},
+        {"num_key_value_heads": 4},
+    ),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, {"sliding_window": 4096}),
+    (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 2048,
+            }
+        },
+    ),
+    (
+        "qwen2",
+        {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    ),
+    (
+        "mistral",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "rope_theta": 3.0,
+                "original_max_position_embeddings": 64,
+            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "rope_theta": 3.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+]
+DERIVED += [(kind, {}, {}) for kind in DEFAULTS]
+
+
+@pytest.mark.parametrize(("kind", "given", "derived"), DERIVED)
+def test_a_missing_field_is_what_transformers_takes(kind, given, derived):
+    read = CONFIGS[kind][1].from_dict
+    same = {name: value for name, value in given.items() if name in DEFAULTS[kind]}
+    known = {"model_type": kind, **DEFAULTS[kind], **same, **derived}
+    assert read({"model_type": kind, **given}) == read(known)
+
+
+def test_every_default_is_a_recorded_one():
+    assert CONFIGS.keys() == DEFAULTS.keys()
+    for kind, defaults in {"gpt2": gpt2.DEFAULTS, **bert.DEFAULTS, **llama.DEFAULTS}.items():
+        # Those that have another place or none in the class.
+        fields = defaults.keys() - {"rope_theta", "attention_bias", "sliding_window", "head_dim"}
+        assert fields <= DEFAULTS[kind].keys()
+
+
+def test_the_record_is_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    for kind, given, derived in DERIVED:
+        theirs = getattr(transformers, CONFIGS[kind][0]).from_dict(copy.deepcopy(given)).to_dict()
+        known = derived if given else DEFAULTS[kind]
+        assert {name: theirs[name] for name in known} == known
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("gpt2", "tie_word_embeddings"),
+        ("roberta", "pad_token_id"),
+        ("llama", "rope_theta"),
+        ("bert", "hidden_act"),
+    ],
+)
+def test_a_field_that_is_null_is_refused_by_name(kind, field):
+    with pytest.raises(ValueError, match=field):
+        CONFIGS[kind][1].from_dict({"model_type": kind, field: None})
+
+
+def test_null_stands_where_transformers_has_it():
+    assert gpt2.GPT2Config.from_dict({"eos_token_id": None, "n_inner": None}).eos_id is None
+    assert llama.LlamaConfig.from_dict({"eos_token_id": None}).eos_ids == ()
+    assert bert.BertConfig.from_dict({"model_type": "bert", "pad_token_id": None}).pad_id == 0
+
+
+# --- Heads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "library"),
+    [
+        ("gpt2_tiny", "transformer.wte.weight", gpt2),
+        ("llama_tiny", "model.embed_tokens.weight", llama),
+    ],
+)
+def test_a_tied_head_is_equal_to_the_embedding_or_refused(tmp_path, name, table, library):
+    tensors = {key: t.view() for key, t in hub.stored(FIXTURES / name).items() if key != "lm_head.weight"}
+    raw = hub.config(FIXTURES / name)
+
+    def load_with(head, **tie):
+        changed = {key: value for key, value in raw.items() if key != "tie_word_embeddings"} | tie
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        heads = {} if head is None else {"lm_head.weight": head}
+        save_file(tensors | heads, tmp_path / "model.safetensors")
+        return library.load(tmp_path)
+
+    tied, untied = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+    missing = tied if library is gpt2 else untied  # what transformers takes
+    other = tensors[table].copy()
+    other[-1, -1] = np.nextafter(other[-1, -1], 1)  # one bit
+    for tie in (tied, untied, {}):
+        if (tie or missing) == tied:
+            for head in (None, tensors[table]):
+                assert "lm_head" not in load_with(head, **tie)[1]
+            for head in (other, other[:-1], other.astype(np.float16)):
+                with pytest.raises(ValueError, match=r"'lm_head.weight' differs from .*false in config.json"):
+                    load_with(head, **tie)
+        else:
+            for head in (tensors[table], other):
+                _, params = load_with(head, **tie)
+                np.testing.assert_array_equal(params["lm_head"]["kernel"], head.T)
+            with pytest.raises(ValueError, match="lm_head/kernel is missing"):
+                load_with(None, **tie)
+
+
+def test_a_head_that_is_ignored_by_name_is_not_compared(tmp_path):
+    folder = write(tmp_path, stored() | {"lm_head.weight": 2 * stored()["transformer.wte.weight"]})
+    with pytest.raises(ValueError, match="differs from"):
+        gpt2.load(folder)
+    assert "lm_head" not in gpt2.load(folder, ignore=(r"lm_head\.weight",))[1]
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name, (library, rules) in MODELS.items():
+        model, params = library.load(FIXTURES / name)
+        hub.save(f"~/{name}", params, rules(), hub.config(FIXTURES / name))
+        assert (tmp_path / name / "model.safetensors").is_file()
+        assert library.load(f"~/{name}")[0] == model
+    model, params = llama.load(FIXTURES / "llama_tiny")
+    llama.save("~/llama", model, params)
+    assert llama.load(Path("~/llama"))[0] == model
 
 
 # --- Meshes ---------------------------------------------------------------------------------------

@@ -25,6 +25,24 @@ import jax.numpy as jnp
 from experiments.models import hub
 from lora_jax import names
 
+# What transformers takes for a field that config.json does not have.
+_BERT = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "classifier_dropout": None,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+DEFAULTS = {"bert": _BERT, "roberta": _BERT | {"vocab_size": 50265, "pad_token_id": 1}}
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
@@ -52,14 +70,17 @@ class BertConfig:
     def from_dict(cls, raw: dict[str, Any], **others: Any) -> BertConfig:
         """Read the content of a config.json; what this model cannot compute is refused by name.
 
-        It says nothing reliable of the heads, which are given as `pooler` and `num_labels`.
+        A field that is missing has the default that transformers has for the model_type. The file says
+        nothing reliable of the heads, which are given as `pooler` and `num_labels`.
         """
         served = {"model_type": ["bert", "roberta"], "hidden_act": ["gelu", *hub.ACTIVATIONS]}
         served |= {"position_embedding_type": ["absolute"], "is_decoder": [False]}
         served |= {"add_cross_attention": [False], "quantization_config": [None]}
         hub.require(raw, served)
-        dropout = raw.get("hidden_dropout_prob", 0.1)
-        classifier_dropout = raw.get("classifier_dropout")
+        kind = raw.get("model_type", "bert")
+        # BERT's positions do not depend on what is padding.
+        raw = hub.complete(raw, DEFAULTS[kind], nullable=() if kind == "roberta" else ("pad_token_id",))
+        dropout, classifier_dropout = raw["hidden_dropout_prob"], raw["classifier_dropout"]
         return cls(
             vocab_size=raw["vocab_size"],
             max_positions=raw["max_position_embeddings"],
@@ -68,13 +89,13 @@ class BertConfig:
             num_layers=raw["num_hidden_layers"],
             num_heads=raw["num_attention_heads"],
             intermediate_size=raw["intermediate_size"],
-            activation=raw.get("hidden_act", "gelu"),
-            layer_norm_eps=raw.get("layer_norm_eps", 1e-12),
+            activation=raw["hidden_act"],
+            layer_norm_eps=raw["layer_norm_eps"],
             hidden_dropout=dropout,
-            attention_dropout=raw.get("attention_probs_dropout_prob", 0.1),
+            attention_dropout=raw["attention_probs_dropout_prob"],
             classifier_dropout=dropout if classifier_dropout is None else classifier_dropout,
-            roberta=raw.get("model_type") == "roberta",
-            pad_id=raw.get("pad_token_id") or 0,
+            roberta=kind == "roberta",
+            pad_id=raw["pad_token_id"] or 0,
             **others,
         )
 

@@ -9,6 +9,11 @@ All functions are pure, to be jitted as a whole with the parameters as an argume
     fn = functools.partial(beam, model, max_new=32, eos_id=2, num_beams=4)
     new = jax.jit(lora_jax.lora(fn))(wrapped, prompts, valid)
 
+A prompt has a valid token in every row, and those are of the vocabulary; what padding holds does not count.
+That is checked of arrays with values. What is traced has none, such as the arguments of a function under jit
+or lora_jax.lora, so check before such a call: a token outside the vocabulary or a row without a valid one
+then gives a text without meaning.
+
 They return int32 (batch, max_new); `eos_id` is one token or several that end a text, and a text that has
 ended is filled up with the first. What `greedy` and `beam` give are the tokens of transformers' `generate`.
 """
@@ -44,7 +49,9 @@ def greedy(
     does not count.
 
     Raises:
-        ValueError: `max_new` or `no_repeat_ngram_size` is no such number.
+        TypeError: the prompts or `valid` are of another kind.
+        ValueError: `max_new` or `no_repeat_ngram_size` is no such number, the shapes differ, or of arrays
+            with values, a token is outside the vocabulary or a row has no valid one.
     """
     return _one_by_one(
         model, params, prompts, valid, max_new, eos_id, no_repeat_ngram_size, lambda scores, step: scores
@@ -71,7 +78,7 @@ def sample(
     probability together. The same key gives the same text.
 
     Raises:
-        ValueError: `temperature`, `top_k` or `top_p` is out of range.
+        ValueError: `temperature`, `top_k` or `top_p` is out of range; what `greedy` refuses.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; write a number above 0, or call greedy.")
@@ -113,7 +120,7 @@ def _one_by_one(
     scored: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """The largest entry of scored(logits, step), one token after the other."""
-    prompts, valid, eos = _checked(prompts, valid, eos_id, max_new, ngram)
+    prompts, valid, eos = _checked(model, params, prompts, valid, eos_id, max_new, ngram)
     batch, length = prompts.shape
 
     def choose(step, logits, texts, ended):
@@ -173,7 +180,7 @@ def beam(
     of transformers. With one beam it is `greedy`. For `no_repeat_ngram_size` see there.
 
     Raises:
-        ValueError: `max_new`, `num_beams` or `no_repeat_ngram_size` is no such number.
+        ValueError: `num_beams` is no such number; what `greedy` refuses.
     """
     if num_beams < 1:
         raise ValueError(f"num_beams is {num_beams}; write 1 or more.")
@@ -187,7 +194,7 @@ def beam(
             eos_id=eos_id,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
-    prompts, valid, eos = _checked(prompts, valid, eos_id, max_new, no_repeat_ngram_size)
+    prompts, valid, eos = _checked(model, params, prompts, valid, eos_id, max_new, no_repeat_ngram_size)
     (batch, length), n = prompts.shape, num_beams
     slots = length + max_new
     # A text of one beam may end in every one of these tokens; n that go on must be left.
@@ -263,7 +270,7 @@ def beam(
     return lax.while_loop(unfinished, body, (first, cache))[0].ended_texts[:, 0]
 
 
-def _checked(prompts, valid, eos_id, max_new, ngram):
+def _checked(model, params, prompts, valid, eos_id, max_new, ngram):
     if max_new < 1:
         raise ValueError(f"max_new is {max_new}; write 1 or more.")
     if ngram < 0:
@@ -272,10 +279,40 @@ def _checked(prompts, valid, eos_id, max_new, ngram):
         raise ValueError(
             f"prompts have shape {prompts.shape} and valid {valid.shape}; write (batch, length) for both."
         )
+    if not jnp.issubdtype(prompts.dtype, jnp.integer):
+        raise TypeError(f"prompts are {prompts.dtype}; write integers, the tokens.")
+    if valid.dtype != bool and not jnp.issubdtype(valid.dtype, jnp.integer):
+        raise TypeError(f"valid is {valid.dtype}; write booleans, False on padding.")
+    if _has_values(valid):
+        real = np.asarray(valid).astype(bool)
+        if empty := np.flatnonzero(~real.any(axis=1)).tolist():
+            raise ValueError(f"no token of the rows {empty[:8]} of prompts is valid; write at least one.")
+        if _has_values(prompts):
+            vocab = _vocab_size(model, params)
+            tokens = np.asarray(prompts)
+            for row, slot in np.argwhere(real & ((tokens < 0) | (tokens >= vocab)))[:1].tolist():
+                raise ValueError(
+                    f"prompts[{row}, {slot}] is {tokens[row, slot]}; the vocabulary has the tokens 0 to "
+                    f"{vocab - 1}."
+                )
+    valid = jnp.asarray(valid).astype(bool)
+    # No weight of zero makes up for a value that is not a number, which an embedding may give outside.
+    prompts = jnp.where(valid, jnp.asarray(prompts).astype(jnp.int32), jnp.int32(0))
     # Padding to the left, so that a prompt and what follows it are one sequence.
     order = jnp.argsort(valid, axis=1, stable=True)
     prompts, valid = (jnp.take_along_axis(x, order, axis=1) for x in (prompts, valid))
-    return prompts.astype(jnp.int32), valid, jnp.asarray(eos_id, jnp.int32).reshape(-1)
+    return prompts, valid, jnp.asarray(eos_id, jnp.int32).reshape(-1)
+
+
+def _has_values(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def _vocab_size(model: nn.Module, params: Any) -> int:
+    def logits(params):
+        return _decode(model, params, jnp.zeros((1, 1), jnp.int32), None, model.empty_cache(1, 1))[0]
+
+    return jax.eval_shape(logits, params).shape[-1]
 
 
 def _decode(model, params, tokens, valid, cache):

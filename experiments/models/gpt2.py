@@ -24,6 +24,27 @@ from jax import lax
 from experiments.models import hub
 from lora_jax import names
 
+# What transformers takes for a field that config.json does not have, and other names that it reads.
+DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
@@ -44,23 +65,28 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], scan: bool = False) -> GPT2Config:
-        """Read the content of a config.json; what this model cannot compute is refused by name."""
+        """Read the content of a config.json; what this model cannot compute is refused by name.
+
+        A field that is missing has the default of transformers.
+        """
         served = {"model_type": ["gpt2"], "activation_function": ["gelu_new", *hub.ACTIVATIONS]}
         served |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
         served |= {"add_cross_attention": [False], "quantization_config": [None]}
         hub.require(raw, served)
-        eos = raw.get("eos_token_id")
+        raw = {**raw, **{name: raw[alias] for alias, name in _ALIASES.items() if alias in raw}}
+        raw = hub.complete(raw, DEFAULTS, nullable=("bos_token_id", "eos_token_id"))
+        eos = raw["eos_token_id"]
         return cls(
             vocab_size=raw["vocab_size"],
             max_positions=raw["n_positions"],
             hidden_size=raw["n_embd"],
             num_layers=raw["n_layer"],
             num_heads=raw["n_head"],
-            intermediate_size=raw.get("n_inner") or 4 * raw["n_embd"],
-            activation=raw.get("activation_function", "gelu_new"),
-            layer_norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-            tie_embeddings=raw.get("tie_word_embeddings", True),
-            bos_id=raw.get("bos_token_id"),
+            intermediate_size=raw["n_inner"] or 4 * raw["n_embd"],
+            activation=raw["activation_function"],
+            layer_norm_eps=raw["layer_norm_epsilon"],
+            tie_embeddings=raw["tie_word_embeddings"],
+            bos_id=raw["bos_token_id"],
             eos_id=eos[0] if isinstance(eos, list) else eos,
             scan=scan,
         )
@@ -229,15 +255,20 @@ def load(
     """The model and parameters of a folder in the Hugging Face layout.
 
     `dtype` converts the tensors, which otherwise must be of one; `scan` stacks the layers; `shardings`
-    and `ignore` are those of `hub.load`. The files may hold the language model or the bare GPT2Model.
+    and `ignore` are those of `hub.load`. The files may hold the language model or the bare GPT2Model. A head
+    that is stored although the configuration ties it to the embedding must be equal to that bit for bit,
+    unless `ignore` names it.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
         ValueError: the configuration is not served, or the tensors do not fit it.
     """
     config = GPT2Config.from_dict(hub.config(folder), scan)
+    found = hub.stored(folder)
+    prefix = hub.prefix(found, ("transformer.", ""), "wte.weight")
+    if config.tie_embeddings and not any(re.fullmatch(pattern, "lm_head.weight") for pattern in ignore):
+        hub.require_tied(found, f"{prefix}wte.weight")
     dtype = jnp.dtype(hub.one_dtype(folder) if dtype is None else dtype)
-    prefix = hub.prefix(hub.stored(folder), ("transformer.", ""), "wte.weight")
     # The masks that old files hold, and the copy of a tied embedding.
     unused = [rf"{re.escape(prefix)}h\.\d+\.attn\.(masked_)?bias"]
     unused += [r"lm_head\.weight"] if config.tie_embeddings else []

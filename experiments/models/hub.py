@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import hub, names, tensors
+from lora_jax.files import local_path
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import is_wrapped_leaf
 
@@ -41,6 +42,20 @@ ACTIVATIONS = {
 def config(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's config.json."""
     return hub.read_config(folder)
+
+
+def complete(
+    raw: Mapping[str, Any], defaults: Mapping[str, Any], nullable: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The fields of a config.json, with the defaults for those that it does not have.
+
+    Raises:
+        ValueError: a field is null that has another default and is not `nullable`.
+    """
+    for field, default in defaults.items():
+        if default is not None and field not in nullable and raw.get(field, default) is None:
+            raise ValueError(f"config.json: {field} is null; write its value, such as {default!r}.")
+    return {**defaults, **raw}
 
 
 def require(raw: Mapping[str, Any], served: Mapping[str, Sequence[Any]]) -> None:
@@ -86,6 +101,24 @@ def prefix(found: Iterable[str], candidates: Sequence[str], probe: str) -> str:
     """The first candidate that stands before the name `probe`; the first of all where none does."""
     found = set(found)
     return next((prefix for prefix in candidates if prefix + probe in found), candidates[0])
+
+
+def require_tied(found: Mapping[str, Tensor], table: str, head: str = "lm_head.weight") -> None:
+    """Refuse a head that is stored beside the embedding it is tied to, and is not equal to it bit for bit.
+
+    Of such files transformers 5 takes the head and older versions the embedding.
+    """
+    if head not in found or table not in found:
+        return
+    one, two = found[head], found[table]
+    if (one.dtype, one.shape) != (two.dtype, two.shape) or any(
+        a.tobytes() != b.tobytes() for a, b in zip(one.view(), two.view(), strict=True)
+    ):
+        raise ValueError(
+            f"{one.file.path}: {head!r} differs from {table!r}, to which the configuration ties it. Write "
+            f'"tie_word_embeddings": false in config.json to use the head, or remove {head!r} from the files '
+            "to use the embedding."
+        )
 
 
 def one_dtype(folder: str | Path) -> np.dtype:
@@ -221,7 +254,7 @@ def save(
     """Write parameters as config.json and safetensors, which transformers opens, one tensor at a time.
 
     Args:
-        folder: Made if it is not there. Other files in it, such as a tokenizer, stay.
+        folder: Made if it is not there; `~` is understood. Other files in it, such as a tokenizer, stay.
         params: Plain parameters; merge an adapter first.
         rules: What the leaves are called.
         config: The content of config.json. A dtype in it becomes that of the parameters.
@@ -232,7 +265,7 @@ def save(
         FileExistsError: the folder holds a model, and `overwrite` is not set.
         ValueError: leaves have no rule, or a dtype that the format cannot hold.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     patterns = (hub.SINGLE, "model-?????-of-?????.safetensors", hub.INDEX)
     old = [file for pattern in patterns for file in folder.glob(pattern)]
     present = [*old, *folder.glob("config.json")]

@@ -26,12 +26,47 @@ from jax import lax
 from experiments.models import hub
 from lora_jax import names
 
-# What transformers takes for a field that config.json does not have, where the kinds differ.
-_DEFAULTS = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+# What transformers takes for a field that config.json does not have.
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "sliding_window": None,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
+DEFAULTS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _LLAMA
+    | {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+}
+_NULLABLE = "num_key_value_heads head_dim sliding_window bos_token_id eos_token_id".split()
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -79,22 +114,23 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> LlamaConfig:
-        """Read the content of a config.json; what this model cannot compute is refused by name."""
+        """Read the content of a config.json; what this model cannot compute is refused by name.
+
+        A field that is missing has the default that transformers has for the model_type.
+        """
         kind = raw.get("model_type", "llama")
-        hub.require({"model_type": kind}, {"model_type": list(_DEFAULTS)})
-        raw = _DEFAULTS[kind] | raw
+        hub.require({"model_type": kind}, {"model_type": list(DEFAULTS)})
+        raw = hub.complete(raw, DEFAULTS[kind], _NULLABLE)
         # transformers 5 gathers theta and the scaling under rope_parameters; older files keep them apart.
-        rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
-        rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = {"rope_theta": raw["rope_theta"]}
+        rope |= {"original_max_position_embeddings": raw["max_position_embeddings"]}
+        rope |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         served = {"hidden_act": ["silu"], "mlp_bias": [False], "quantization_config": [None]}
         served["partial_rotary_factor"] = [1.0]
         if kind == "mistral":
             served["attention_bias"] = [False]
         hub.require(rope | raw, served)
-        needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-        if missing := [field for field in needed if field not in raw]:
-            raise ValueError(f"config.json: {', '.join(missing)} not given; is it a {kind} model's file?")
-        heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
+        heads, eos = raw["num_attention_heads"], raw["eos_token_id"]
         return cls(
             model_type=kind,
             vocab_size=raw["vocab_size"],
@@ -102,16 +138,16 @@ class LlamaConfig:
             intermediate_size=raw["intermediate_size"],
             num_layers=raw["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            num_kv_heads=raw["num_key_value_heads"] or heads,
+            head_dim=raw["head_dim"] or raw["hidden_size"] // heads,
             max_positions=raw["max_position_embeddings"],
             sliding_window=_sliding_window(raw, kind),
-            attention_bias=kind == "qwen2" or raw.get("attention_bias", False),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            attention_bias=kind == "qwen2" or raw["attention_bias"],
+            rms_norm_eps=raw["rms_norm_eps"],
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=_rope_scaling(rope),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            bos_id=raw.get("bos_token_id"),
+            tie_embeddings=raw["tie_word_embeddings"],
+            bos_id=raw["bos_token_id"],
             eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
 
@@ -148,11 +184,11 @@ class LlamaConfig:
 
 def _sliding_window(raw: dict[str, Any], kind: str) -> int | None:
     """How many positions a query sees, itself included; None for all."""
-    window = raw.get("sliding_window")
-    if kind == "llama" or window is None or (kind == "qwen2" and not raw.get("use_sliding_window", False)):
+    window = raw["sliding_window"]
+    if kind == "llama" or window is None or (kind == "qwen2" and not raw["use_sliding_window"]):
         return None
     if kind == "qwen2":
-        full = raw.get("max_window_layers", 28)
+        full = raw["max_window_layers"]
         layers = range(raw["num_hidden_layers"])
         kinds = raw.get("layer_types") or ["sliding" if i >= full else "full" for i in layers]
         sliding = [name.startswith("sliding") for name in kinds]
@@ -171,7 +207,10 @@ def _rope_scaling(rope: dict[str, Any]) -> Llama3Scaling | None:
     if kind == "default":
         return None
     if kind == "llama3":
-        return Llama3Scaling(**{f.name: rope[f.name] for f in dataclasses.fields(Llama3Scaling)})
+        fields = [field.name for field in dataclasses.fields(Llama3Scaling)]
+        if missing := [field for field in fields if field not in rope]:
+            raise ValueError(f"config.json: the rope type 'llama3' needs {', '.join(missing)} too.")
+        return Llama3Scaling(**{field: rope[field] for field in fields})
     raise ValueError(f"config.json: the rope type {kind!r} is not served; 'default' and 'llama3' are.")
 
 
@@ -376,6 +415,9 @@ def load(
 ) -> tuple[Llama, Any]:
     """The model and parameters of a folder in the Hugging Face layout.
 
+    A head that is stored although the configuration ties it to the embedding must be equal to that bit for
+    bit.
+
     Args:
         folder: Where config.json and the safetensors files are.
         dtype: The dtype to convert to; by default tensors stay as stored, which must then be one dtype.
@@ -387,6 +429,8 @@ def load(
         ValueError: the configuration is not served, or the tensors do not fit it.
     """
     config = LlamaConfig.from_dict(hub.config(folder))
+    if config.tie_embeddings:
+        hub.require_tied(hub.stored(folder), "model.embed_tokens.weight")
     model = Llama(config, scan=scan)
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     ignore = [r".*\.rotary_emb\.inv_freq"] + [r"lm_head\.weight"] * config.tie_embeddings
