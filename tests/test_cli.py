@@ -860,6 +860,8 @@ def test_the_command_runs_and_reports_progress(tmp_path):
 _HANGS = """
 import signal, sys, time
 from lora_jax import cli, stream
+# A job in a shell's background is started with it ignored, and what is ignored stays so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 before = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 def hang(*args):
     print("now", flush=True)
