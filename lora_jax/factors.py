@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.names import Piece
@@ -197,7 +198,7 @@ def weight_of(
     final = {
         kind: [n for n, k in zip(shape, axes, strict=True) if k == kind] for kind in ("batch", "in", "out")
     }
-    abstract = _Abstract(tuple(shape), np.dtype(dtype))
+    abstract = jax.ShapeDtypeStruct(tuple(shape), dtype)
     weight = LoraWeight(
         abstract,
         a.reshape([*final["batch"], *final["in"], rank]),
@@ -209,12 +210,6 @@ def weight_of(
         [block for slot in slots for block in blocks.get(slot, [])],
     )
     return weight.replace(w=None)
-
-
-@dataclass(frozen=True)
-class _Abstract:
-    shape: tuple[int, ...]
-    dtype: Any
 
 
 def _runs(positions: np.ndarray) -> list[tuple[int, int]]:

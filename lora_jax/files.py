@@ -429,7 +429,7 @@ def _read_directory(target: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
 
 
 def _write_safetensors(new: Path, adapter: Adapter, target: Path) -> None:
-    tensors.library(target)
+    tensors.package(target)
     content, arrays = _encode(adapter)
     host = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     for name, x in host.items():

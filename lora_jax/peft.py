@@ -339,19 +339,30 @@ def load_peft(folder: str | os.PathLike[str], base: Any, rules: Iterable[Rule]) 
     values = dict(leaves_with_path(tree, is_wrapped_leaf))
     _check_copies(where, read.copies, by_name, values)
     dropout = float(read.config.get("lora_dropout") or 0.0)
-    leaves: dict[str, Any] = {}
+    leaves = _leaves(where, table, values, read.updates, read.full, dropout)
+    return params_lib.attach(base, Adapter(leaves), check=False)
+
+
+def _leaves(
+    where: str,
+    table: Mapping[str, Sequence[Piece]],
+    values: Mapping[str, Any],
+    updates: Mapping[str, Factors],
+    full: Mapping[str, np.ndarray],
+    dropout: float = 0.0,
+) -> dict[str, LoraWeight | FullWeight]:
+    """By path, the leaves that updates by module and parameters in full are."""
+    leaves: dict[str, LoraWeight | FullWeight] = {}
     for path, parts in table.items():
-        updates = [
-            (piece, read.updates.get(piece.module) if piece.kind != "plain" else None) for piece in parts
-        ]
-        given = [(piece, read.full[piece.name]) for piece in parts if piece.name in read.full]
-        if any(update is not None for _, update in updates):
+        found = [(p, updates.get(p.module) if p.name.endswith(".weight") else None) for p in parts]
+        given = [(p, full[p.name]) for p in parts if p.name in full]
+        if any(update is not None for _, update in found):
             if given:
                 raise ValueError(f"{where} both adapts {path!r} and holds it in full.")
-            leaves[path] = _weight(where, updates, 0.0 if parts[0].kind == "embedding" else dropout)
+            leaves[path] = _weight(where, found, 0.0 if parts[0].kind == "embedding" else dropout)
         elif given:
             leaves[path] = _full(where, path, values[path], given)
-    return params_lib.attach(base, Adapter(leaves), check=False)
+    return leaves
 
 
 def _weight(where: str, updates: Sequence[tuple[Piece, Factors | None]], dropout: float) -> LoraWeight:
@@ -512,7 +523,7 @@ def save_peft(
         raise TypeError(f"base_model is {base_model!r}; write the model's name, its path, or None.")
     base_model = base_model if base_model is None else os.fspath(base_model)
     place = local_path(folder)
-    tensors.library(place / WEIGHTS)
+    tensors.package(place / WEIGHTS)
     tree, _ = nnx.opened(wrapped)
     config, arrays = _to_peft(tree, checked(rules), target)
     config |= {"base_model_name_or_path": base_model, "task_type": task_type}
@@ -822,16 +833,7 @@ def load_loralib(
         for module, pair in pairs.items()
     }
     values = dict(leaves_with_path(tree, is_wrapped_leaf))
-    leaves: dict[str, Any] = {}
-    for path, parts in table.items():
-        given = [(piece, full[piece.name]) for piece in parts if piece.name in full]
-        found = [
-            (piece, updates.get(piece.module) if piece.name.endswith(".weight") else None) for piece in parts
-        ]
-        if any(update is not None for _, update in found):
-            leaves[path] = _weight("the state", found, 0.0)
-        elif given:
-            leaves[path] = _full("the state", path, values[path], given)
+    leaves = _leaves("the state", table, values, updates, full)
     return params_lib.attach(base, Adapter(leaves), check=False)
 
 

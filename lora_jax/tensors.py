@@ -36,7 +36,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def library(path: str | os.PathLike[str]) -> Any:
+def package(path: str | os.PathLike[str]) -> Any:
     """The package safetensors, or an error that says how to install it."""
     try:
         import safetensors
@@ -130,7 +130,7 @@ def opened(path: str | os.PathLike[str]) -> File:
     [[1.0, 0.0], [0.0, 1.0]]
     """
     path = Path(path)
-    safetensors = library(path)
+    safetensors = package(path)
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass  # the library's own check of the header against the file
