@@ -42,12 +42,17 @@ def add(name: str, fn: Callable[..., Any], wrapped: Callable[..., Any], inputs: 
 
 
 def numbers(name: str, shape: tuple[int, ...]) -> Any:
-    # By numpy, which has nothing to compile for every shape.
+    # By numpy and device_put, which have nothing to compile for every shape.
     return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
 
 
 def normal(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jnp.asarray(numbers(name, shape).astype(dtype))
+    return jax.device_put(numbers(name, shape).astype(dtype))
+
+
+def array(name: str, x: Any, dtype: Any) -> jax.Array:
+    """Numbers of a shape, or the integers that are given."""
+    return normal(name, x, dtype) if isinstance(x, tuple) else jax.device_put(np.asarray(x, np.int32))
 
 
 def weight(
@@ -64,7 +69,7 @@ def weight(
     return LoraWeight(
         normal(name + "w", shape, dtype),
         normal(name + "a", (*batch, *inner, rank), factor),
-        jnp.asarray((np.zeros_like(b) if zero else b).astype(factor)),
+        jax.device_put((np.zeros_like(b) if zero else b).astype(factor)),
         1.0 + jnp.arange(sum(batch) or 1, dtype=jnp.float32)[: batch[0]] if len(batch) == 1 else 0.5,
         axes,
         name,
@@ -87,7 +92,9 @@ def case(
 
         def make(dtype: Any) -> tuple[Any, ...]:
             return tuple(
-                normal(f"{name}{i}", x, dtype) if isinstance(x, tuple) else jnp.asarray(x, jnp.int32)
+                normal(f"{name}{i}", x, dtype)
+                if isinstance(x, tuple)
+                else jax.device_put(np.asarray(x, np.int32))
                 for i, x in enumerate(inputs)
             )
 
@@ -108,7 +115,7 @@ def randomised(tree: Any, dtype: Any, zero: bool) -> Any:
         fan_in = math.prod(sizes(node.w.shape, node.axes)[1])
         a = numbers(node.path + "a", node.a.shape) / np.sqrt(fan_in)
         b = numbers(node.path + "b", node.b.shape) * (0 if zero else 0.3)
-        a, b = (jnp.asarray(x.astype(factor)) for x in (a, b))
+        a, b = (jax.device_put(x.astype(factor)) for x in (a, b))
         return node.replace(w=node.w.astype(dtype), a=a, b=b)
 
     return jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf)
@@ -119,7 +126,9 @@ def linen(name: str, model: nn.Module, *inputs: Any, **options: Any) -> None:
 
     def make(dtype: Any) -> tuple[Any, ...]:
         return tuple(
-            normal(f"{name}{i}", x, dtype) if isinstance(x, tuple) else jnp.asarray(x, jnp.int32)
+            normal(f"{name}{i}", x, dtype)
+            if isinstance(x, tuple)
+            else jax.device_put(np.asarray(x, np.int32))
             for i, x in enumerate(inputs)
         )
 
@@ -140,7 +149,9 @@ def nnx_case(name: str, make_model: Callable[[nnx.Rngs], Any], *inputs: Any, **o
 
     def make(dtype: Any) -> tuple[Any, ...]:
         return tuple(
-            normal(f"{name}{i}", x, dtype) if isinstance(x, tuple) else jnp.asarray(x, jnp.int32)
+            normal(f"{name}{i}", x, dtype)
+            if isinstance(x, tuple)
+            else jax.device_put(np.asarray(x, np.int32))
             for i, x in enumerate(inputs)
         )
 

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from newest import newest
 from tqdm import tqdm
 
 from experiments.kills import run as kills
@@ -1503,6 +1504,7 @@ def test_positions_of_other_processes_must_be_one(tmp_path):
 # --- Kills --------------------------------------------------------------------------------------------
 
 
+@newest
 def test_kills_at_random_moments_lose_nothing(tmp_path, monkeypatch):
     # Every child would compile the same again.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import pytest
 from cases import CASES, dense_tree
 from jax import lax
 from newest import NEWEST
-from test_equivalence import assert_same
+from test_equivalence import assert_same, compiled
 
 import lora_jax
 from lora_jax.weight import LoraWeight, is_wrapped_leaf
@@ -53,15 +54,19 @@ def losses(case):
     return ours, merged, point
 
 
-def at_once(measure, ours, merged, *args):
+def at_once(measure, ours, merged, *args, **options):
     """A measure of both functions in one compilation."""
-    return jax.jit(lambda *args: (measure(ours, *args), measure(merged, *args)))(*args)
+    return compiled(lambda *args: (measure(ours, *args), measure(merged, *args)), **options)(*args)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_reverse_mode(case):
     ours, merged, point = losses(case)
-    assert_same(*at_once(lambda f, *x: jax.grad(f, (0, 1))(*x), ours, merged, *point))
+    # Some of nnx computes in float32, which two programs round alike only where XLA fuses them alike: by the
+    # emitters that conftest turns off.
+    old = jaxlib.__version__.startswith("0.10.") and case.name.startswith("nnx")
+    options = {"xla_cpu_use_fusion_emitters": True} if old else {}
+    assert_same(*at_once(lambda f, *x: jax.grad(f, (0, 1))(*x), ours, merged, *point, **options))
 
 
 # jax has no forward mode for a custom_vjp function, with or without lora; and nnx's attention takes its

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, dense_tree
-from newest import NEWEST
+from newest import NEWEST, newest
 
 import lora_jax
 
@@ -48,9 +48,6 @@ def test_types_are_those_of_the_bare_function(case, dtype):
 
 # How XLA rounds bfloat16, and the bits of whole models, are looked at on the newest jax alone: they take a
 # fifth of the tests' time.
-newest = pytest.mark.skipif(not NEWEST, reason="checked on the newest jax")
-
-
 @pytest.mark.parametrize("case", [case for case in ROWS if NEWEST or not is_model(case)], ids=repr)
 @pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=newest)], ids=["float32", "bfloat16"]
@@ -66,7 +63,8 @@ def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
 
     with contextlib.nullcontext() if case.name in FUSED else optimized():
         compare(jax.jit)
-        if NEWEST and not is_model(case):
+        # Operation by operation nothing is fused, so what holds where rounding is coarse holds in float32.
+        if dtype == jnp.bfloat16 and not is_model(case):
             compare(lambda f: f)
 
 

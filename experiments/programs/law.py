@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -128,15 +129,33 @@ def _compiled(fn: Callable[[Any], Any], factors: Any) -> Result:
 
 
 def _interpreted(fn: Callable[[Any], Any], factors: Any) -> Result:
-    traced = jax.jit(fn, keep_unused=True).trace(factors)
+    info, numbers = interpreted(fn, factors)
+    return _result(info)._replace(numbers=numbers)
+
+
+def interpreted(fn: Callable[..., Any], *arguments: Any) -> tuple[Any, list[np.ndarray]]:
+    """What jit lowers a function to, run by StableHLO's interpreter: the output's types, and its numbers.
+
+    Raises:
+        NotImplementedError: an operation is not StableHLO's own. (The interpreter would end the process.)
+    """
+    traced = jax.jit(fn, keep_unused=True).trace(*arguments)
     module: Any = traced.lower().compiler_ir("stablehlo")
+    if others := set(re.findall(r"\bchlo\.\w+|\bstablehlo\.custom_call @\w+", str(module))):
+        raise NotImplementedError(f"StableHLO's interpreter has no {', '.join(sorted(others))}")
     with module.context:
-        arguments = [ir.DenseElementsAttr.get(np.asarray(x)) for x in jax.tree.leaves(factors)]
-        outs = [np.array(x) for x in stablehlo.eval_module(module, arguments)]
-    result = _result(traced.out_info)
+        constants = [_constant(np.asarray(x)) for x in jax.tree.leaves(arguments)]
+        outs = [np.array(x) for x in stablehlo.eval_module(module, constants)]
     # The interpreter's arrays of one element have lost their axes.
-    shapes = [shape for shape, _, _ in result.types]
-    return result._replace(numbers=[x.reshape(shape) for x, shape in zip(outs, shapes, strict=True)])
+    shapes = [x.shape for x in jax.tree.leaves(traced.out_info)]
+    return traced.out_info, [x.reshape(shape) for x, shape in zip(outs, shapes, strict=True)]
+
+
+def _constant(x: np.ndarray) -> Any:
+    if x.dtype != bool:
+        return ir.DenseElementsAttr.get(x)
+    bits = np.packbits(x, axis=None, bitorder="little")
+    return ir.DenseElementsAttr.get(bits, type=ir.IntegerType.get_signless(1), shape=x.shape)
 
 
 def _result(out: Any) -> Result:
