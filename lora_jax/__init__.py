@@ -1,5 +1,6 @@
 """LoRA for any JAX model, as a pure transform of its parameter tree."""
 
+from lora_jax import analysis as analysis
 from lora_jax import checkpoint as checkpoint
 from lora_jax import names as names
 from lora_jax import peft as peft

@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 import numpy as np
 
-from lora_jax import stream
+from lora_jax import analysis, stream
 from lora_jax.factors import Factors
 from lora_jax.files import local_path, read_adapter
 from lora_jax.params import Adapter
@@ -42,7 +42,8 @@ LoRA adapters on the command line: what is in one, and one merged into its base.
 CODES = """\
 exit codes:
   0    done
-  1    something in the files is wrong, or in the way; what, and what to do, is on stderr
+  1    something in the files is wrong, or in the way; what, and what to do, is on stderr. Also where the
+       report cannot be written; stderr says whether OUT is complete
   2    the command is written wrong
   129, 130, 143  stopped by SIGHUP, SIGINT (Ctrl-C) or SIGTERM; nothing is left half"""
 
@@ -88,10 +89,18 @@ example:
 
 Computes W + s·B·A in float32 (float64 if the base is), a few rows at a time, and rounds once to the
 base's dtype; entries whose update is zero keep their bits. Biases and modules_to_save of the adapter
-replace the base's. Tokenizer, generation config and whatever else is in BASE are copied, weights in other
-forms are not. OUT appears when all of it is written and durable, and not before; an empty folder at OUT
-is filled then. What fails or is interrupted leaves nothing there. --overwrite replaces a model, and only
-a folder that holds nothing else. Memory stays bounded, whatever the model's size.
+replace the base's. Memory stays bounded, whatever the model's size.
+
+The other files in BASE, such as the tokenizer, are copied, those of its folders too. Not copied are weights
+in other forms (.bin, .pt, .gguf and so on, and all with .safetensors in the name), an adapter_config.json,
+what has a name that begins with a dot, and links to folders; a note on stderr names what is left out.
+
+OUT appears when all of it is written and durable, and not before; an empty folder at OUT is filled then.
+What fails or is interrupted leaves nothing there. --overwrite replaces a model: config, weights and
+tokenizer whatever they hold, other files only if they equal those of BASE, and never a folder with anything
+else. Only a kill that cannot be caught (SIGKILL, out of memory, a power cut) leaves a hidden folder
+.lora_jax-..., as large as the model, beside OUT, or in it if that was an empty folder; remove it. A merge
+that starts beside one says so.
 
 The report has for every tensor:
   rms ΔW/W   how large the update is beside the weight
@@ -103,7 +112,7 @@ The report has for every tensor:
 MERGE_JSON = """\
 --json prints one object instead of the table:
   out, files, bytes, seconds       the folder, its safetensors files, their bytes, and the time it took
-  notes                            what is also on stderr: a prefix, a tied head, files left out
+  notes                            what is also on stderr: a prefix, a tied head, what was not copied
   tensors                          a list of {name, dtype, size, lost, unmoved}; size is rms ΔW/W
   replaced                         the names of the tensors that the adapter holds in full"""
 
@@ -121,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stoppable():
             for name in ("stdout", "stderr"):
                 if getattr(sys, name) is None:  # closed; a file of the model would get its number
-                    setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+                    setattr(sys, name, _nowhere())
                 output = getattr(sys, name)
                 if isinstance(output, io.TextIOWrapper):
                     output.reconfigure(errors="replace")  # the tables have Δ, which not every terminal has
@@ -132,15 +141,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _inspect(options)
             else:
                 _merge(options)
-            sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        with suppress(OSError):  # the terminal may be gone
-            print(f"{PROGRAM}: interrupted; nothing was left half", file=sys.stderr)
+        _tell(f"{PROGRAM}: interrupted; nothing was left half")
         return 128 + (stop.number if isinstance(stop, _Stopped) else signal.SIGINT)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _tell(f"{PROGRAM}: {error}")
         return 1
     return 0
+
+
+def _tell(text: str) -> None:
+    """Write to stderr, where that can be written to: a closed pipe stops nothing."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = _nowhere()
+
+
+def _show(text: str) -> None:
+    """Write to stdout."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = _nowhere()  # else what is left of the text fails once more at the exit
+        raise
+
+
+def _nowhere() -> io.TextIOWrapper:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 class _Stopped(KeyboardInterrupt):
@@ -240,9 +268,9 @@ def _inspect(options: argparse.Namespace) -> None:
         "bytes": sum(x["bytes"] for x in parts),
     }
     if options.json:
-        print(json.dumps(found, indent=1, allow_nan=False))
+        _show(json.dumps(found, indent=1, allow_nan=False))
     else:
-        print(_inspected(found))
+        _show(_inspected(found))
 
 
 def _of_peft(adapter: PeftAdapter) -> dict[str, Any]:
@@ -298,9 +326,9 @@ def _of_leaf(path: str, leaf: LoraWeight) -> Iterator[dict[str, Any]]:
 
 
 def _target(name: str, kind: str, shape: Sequence[int], alpha: float, update: Factors) -> dict[str, Any]:
-    values = _singular_values(name, update)
-    p = values / values.sum() if values.any() else values
-    p = p[p > 0]
+    base = jax.ShapeDtypeStruct((update.a.shape[1], len(update.b)), update.a.dtype)
+    weight = LoraWeight(base, update.a.T, update.b.T, path=name)
+    values = abs(update.scale) * analysis.svd(weight).values
     return {
         "name": name,
         "kind": kind,
@@ -312,7 +340,7 @@ def _target(name: str, kind: str, shape: Sequence[int], alpha: float, update: Fa
         "norm_b": _norm(update.b),
         "norm": _norm(values),
         "spectral_norm": float(values.max(initial=0.0)),
-        "effective_rank": float(np.exp(-np.sum(p * np.log(p)))) if p.size else 0.0,
+        "effective_rank": float(analysis.effective_rank(values)),
         "dtype": update.a.dtype.name,
         "numbers": update.a.size + update.b.size,
         "bytes": update.a.nbytes + update.b.nbytes,
@@ -321,15 +349,6 @@ def _target(name: str, kind: str, shape: Sequence[int], alpha: float, update: Fa
 
 def _norm(x: np.ndarray) -> float:
     return float(np.linalg.norm(x.astype(np.float64)))
-
-
-def _singular_values(name: str, update: Factors) -> np.ndarray:
-    """Those of s·B·A, by way of the two factors' triangles."""
-    b, a = (np.linalg.qr(x.astype(np.float64), mode="r") for x in (update.b, update.a.T))
-    core = abs(update.scale) * (b @ a.T)
-    if not np.isfinite(core).all():
-        raise ValueError(f"{name!r} has factors that are infinite or not a number: its run diverged.")
-    return np.linalg.svd(core, compute_uv=False)
 
 
 def _in_full(leaves: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -403,11 +422,18 @@ def _merge(options: argparse.Namespace) -> None:
             dtype=_DTYPES.get(options.dtype),
             shard_size=options.shard_size,
             overwrite=options.overwrite,
-            say=lambda text: print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True),
+            say=lambda text: _tell(f"{PROGRAM}: {text}"),
             progress=progress,
         )
     seconds = time.perf_counter() - started
-    if options.json:
+    try:
+        _show(_reported(made, seconds, options.json))
+    except OSError as error:
+        raise OSError(f"{str(made.folder)!r} is complete, but its report was not written: {error}") from None
+
+
+def _reported(made: stream.Merged, seconds: float, as_json: bool) -> str:
+    if as_json:
         report = {
             "out": str(made.folder),
             "files": list(made.files),
@@ -420,17 +446,17 @@ def _merge(options: argparse.Namespace) -> None:
             ],
             "replaced": list(made.replaced),
         }
-        print(json.dumps(report, indent=1, allow_nan=False))
-        return
+        return json.dumps(report, indent=1, allow_nan=False)
     rows = [["tensor", "dtype", "rms ΔW/W", "ΔW lost", "unmoved"]]
     rows += [[x.path, x.dtype, f"{x.size:.2g}", f"{x.lost:.2%}", f"{x.unmoved:.2%}"] for x in made.leaves]
-    print("\n".join(_table(rows, left=(0, 1))))
+    lines = _table(rows, left=(0, 1))
     if made.replaced:
-        print(f"replaced by the adapter's: {', '.join(made.replaced)}")
-    print(
+        lines.append(f"replaced by the adapter's: {', '.join(made.replaced)}")
+    lines.append(
         f"{str(made.folder)}: {_amount(made.size)} in {len(made.files)} "
         f"file{'s' if len(made.files) > 1 else ''}, {seconds:.1f} s"
     )
+    return "\n".join(lines)
 
 
 def _amount(size: int) -> str:
@@ -472,7 +498,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         tenths = 10 * done // max(1, total)
         if tenths > shown:
             shown = tenths
-            print(f"merging: {_amount(done)} of {_amount(total)}", file=sys.stderr, flush=True)
+            _tell(f"merging: {_amount(done)} of {_amount(total)}")
 
     yield line
 

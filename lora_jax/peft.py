@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
             )
         )
     file = tensors.opened(path)
+    if not file.entries:
+        raise ValueError(f"{str(path)!r} holds no tensors; save the adapter again.")
     keys = {name: _parsed(path, name) for name in file.entries}
     found: dict[str, dict[str, str]] = {}
     full, copies = {}, {}
@@ -283,7 +286,8 @@ def load_peft(folder: str | os.PathLike[str], base: Any, rules: Iterable[Rule]) 
     they were), lora_dropout the leaves' dropout, and biases and modules_to_save leaves trained in full.
 
     A table that the model also uses as its output layer is adapted in both uses, as it is once merged;
-    PEFT adapts the look-up alone until it merges. Parts of one leaf whose scales differ (the q and v of a
+    PEFT adapts the look-up alone until it merges. A warning says so where it is known: the rules have a
+    lm_head.weight, and the base no such leaf. Parts of one leaf whose scales differ (the q and v of a
     fused kernel) get the scale of the first, and b takes in the rest: the function is the same, AdamW's
     steps in b are not. Grouped convolutions are not served.
 
@@ -333,9 +337,23 @@ def load_peft(folder: str | os.PathLike[str], base: Any, rules: Iterable[Rule]) 
     ]
     if wrong:
         raise ValueError(f"{where} does not fit this base:\n" + "\n".join(wrong[:20]))
-    _check_missing(where, read, by_name)
+    kinds_of_layers = ("linear", "conv1d", "embedding", "conv2d")
+    modules = [piece.module for piece in by_name.values() if piece.kind in kinds_of_layers]
+    if text := lost(read, by_name, modules):
+        raise ValueError(
+            f"{where} {text}: tensors were lost, or the base has more layers than the adapter's."
+        )
     _check_axes(where, base, [by_name[f"{module}.weight"] for module in read.updates])
     _check_tied(where, read.full, by_name, rules)
+    tied = _tables([f"{module}.weight" for module in read.updates], by_name, rules)
+    if tied:
+        warnings.warn(
+            f"{where} adapts {', '.join(repr(by_name[name].path) for name in tied)}, and this base has no "
+            "lm_head: a table that the model also uses as its output layer is adapted in both uses, as it is "
+            "once merged; PEFT adapts the look-up alone until it merges. For a model without a head, leave "
+            "the rule of lm_head.weight out.",
+            stacklevel=2,
+        )
     values = dict(leaves_with_path(tree, is_wrapped_leaf))
     _check_copies(where, read.copies, by_name, values)
     dropout = float(read.config.get("lora_dropout") or 0.0)
@@ -356,6 +374,12 @@ def _leaves(
     for path, parts in table.items():
         found = [(p, updates.get(p.module) if p.name.endswith(".weight") else None) for p in parts]
         given = [(p, full[p.name]) for p in parts if p.name in full]
+        changed = given or any(update is not None for _, update in found)
+        if changed and not jnp.issubdtype(values[path].dtype, jnp.floating):
+            raise ValueError(
+                f"{where} changes {path!r}, which has dtype {values[path].dtype}; only floating leaves "
+                "can be adapted. Give the base that it was quantised from."
+            )
         if any(update is not None for _, update in found):
             if given:
                 raise ValueError(f"{where} both adapts {path!r} and holds it in full.")
@@ -423,42 +447,41 @@ def _check_axes(where: str, base: Any, adapted: Iterable[Piece]) -> None:
             )
 
 
+def _tables(names: Iterable[str], by_name: Mapping[str, Piece], rules: Iterable[Rule]) -> list[str]:
+    """Of the names the tables that are the head too: the rules know a head, and the base has none."""
+    if not any(rule.name == "lm_head.weight" for rule in rules):
+        return []
+    if any(name.split(".")[0] in ("lm_head", "score", "classifier") for name in by_name):
+        return []
+    return [n for n in names if n.rpartition(".")[0].rpartition(".")[2] in ("wte", "embed_tokens")]
+
+
 def _check_tied(where: str, full: Iterable[str], by_name: Mapping[str, Piece], rules: Iterable[Rule]) -> None:
     """Raise for a table trained in full that is the head too, of which PEFT trains a copy for the look-up."""
-    if not any(rule.name == "lm_head.weight" for rule in rules):
-        return
-    if any(name.split(".")[0] in ("lm_head", "score", "classifier") for name in by_name):
-        return
-    for name in full:
-        if name.rpartition(".")[0].rpartition(".")[2] in ("wte", "embed_tokens"):
-            raise ValueError(
-                f"{where} holds {name!r} in full, and this base has no lm_head, so its head is the same "
-                f"leaf {by_name[name].path!r}. PEFT trains a copy for the look-up and leaves the head as it "
-                "was, which one leaf cannot be. Give a base whose head is a leaf of its own; for a model "
-                "without a head, leave the rule of lm_head.weight out."
-            )
-
-
-def _check_missing(where: str, read: PeftAdapter, by_name: Mapping[str, Piece]) -> None:
-    lost = [name for name in by_name if name not in read.full and is_full(read.config, name, read.updates)]
-    if lost:
+    for name in _tables(full, by_name, rules):
         raise ValueError(
-            f"{where} does not hold {some(lost)}, which bias or modules_to_save of its config name: tensors "
-            "were lost."
+            f"{where} holds {name!r} in full, and this base has no lm_head, so its head is the same "
+            f"leaf {by_name[name].path!r}. PEFT trains a copy for the look-up and leaves the head as it "
+            "was, which one leaf cannot be. Give a base whose head is a leaf of its own; for a model "
+            "without a head, leave the rule of lm_head.weight out."
         )
+
+
+def lost(read: PeftAdapter, names: Iterable[str], modules: Iterable[str]) -> str:
+    """What an adapter does not hold although its config names it; nothing where it holds all.
+
+    Args:
+        read: The adapter.
+        names: The base's parameters, by the adapter's names.
+        modules: Of the base's modules those of a kind that PEFT adapts.
+    """
+    full = [name for name in names if name not in read.full and is_full(read.config, name, read.updates)]
+    if full:
+        return f"does not hold {some(full)}, which bias or modules_to_save of its config name"
     if read.config.get("target_modules") in (None, "all-linear"):
-        return
-    kinds = ("linear", "conv1d", "embedding", "conv2d")
-    missing = [
-        piece.module
-        for piece in by_name.values()
-        if piece.kind in kinds and piece.module not in read.updates and is_target(read.config, piece.module)
-    ]
-    if missing:
-        raise ValueError(
-            f"{where} has no factors for {some(missing)}, which its config targets: tensors were lost, "
-            "or the base has more layers than the adapter's."
-        )
+        return ""
+    missing = [name for name in modules if name not in read.updates and is_target(read.config, name)]
+    return f"has no factors for {some(missing)}, which its config targets" if missing else ""
 
 
 def _check_copies(
@@ -534,6 +557,9 @@ def _write(place: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
     if place.exists() and not place.is_dir():
         raise FileExistsError(f"{str(place)!r} is a file; write a folder.")
     there = [name for name in (CONFIG, WEIGHTS) if (place / name).exists()]
+    for name in there:
+        if not (place / name).is_file():
+            raise FileExistsError(f"{str(place / name)!r} is no file; move it, or write another folder.")
     if there and not overwrite:
         raise FileExistsError(
             f"there is {' and '.join(there)} in {str(place)!r} already; write overwrite=True to replace the "

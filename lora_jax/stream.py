@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import filecmp
 import functools
 import json
 import math
@@ -11,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from lora_jax.check import MergedLeaf
 from lora_jax.factors import Factors
 from lora_jax.files import local_path, put, sync
 from lora_jax.hub import CONFIG, INDEX, SINGLE, Weights, opened, read_config
-from lora_jax.peft import PeftAdapter, read_peft
+from lora_jax.peft import PeftAdapter, lost, read_peft
 from lora_jax.tree import some
 from lora_jax.weight import wide_dtype
 
@@ -49,17 +50,19 @@ _UNTIED_BY_DEFAULT = (
     "codegen deepseek_v2 deepseek_v3 gpt_neox gpt_oss gptj granite llama mistral mixtral olmo olmo2 phi phi3 "
     "qwen2 qwen2_moe qwen3 qwen3_moe stablelm"
 ).split()
+# The models of which it is known that they have no Conv1D.
+_LINEAR_MODELS = {*_TIED_BY_DEFAULT, *_UNTIED_BY_DEFAULT} - set(_CONV1D_MODELS)
 _TABLES = ("wte", "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed", "shared")
 _HEADS = ("lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder", "output", "generator_lm_head")
-# Weights in other forms, which would not be merged.
+# Weights in other forms, which would not be merged; and all that has .safetensors in its name.
 _OTHER_WEIGHTS = (
-    ".safetensors .safetensors.index.json .bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx "
-    ".onnx_data .ot .tflite .mlmodel"
+    ".bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .tflite .mlmodel"
 ).split()
 _UNTIE = (
     "In transformers load it, set config.tie_word_embeddings = False, give the head a weight of its own "
     "(lm_head.weight = torch.nn.Parameter(lm_head.weight.clone())), save it, and merge into that."
 )
+_STAGING = ".lora_jax-"  # what the folder begins with in which a model lies until it is whole
 # What lies in a model's folder, and may be replaced with it.
 _MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _MODEL_FILES = (
@@ -119,7 +122,8 @@ def changes(base: Checkpoint, adapter: PeftAdapter) -> Changes:
 
     Raises:
         ValueError: the checkpoint is quantised; a name is not found, also with or without a prefix that
-            all have in common; a shape does not fit; or a tied head is adapted.
+            all have in common; the adapter does not hold what its config names; a shape does not fit, or it
+            is not known how a matrix lies; or a tied head is adapted.
     """
     where = repr(str(base.folder))
     if base.config.get("quantization_config"):
@@ -132,6 +136,10 @@ def changes(base: Checkpoint, adapter: PeftAdapter) -> Changes:
     weights = {f"{module}.weight": module for module in adapter.updates}
     _check_head(base, [*weights, *adapter.full], said, tied)
     names, notes = _named(base, [*weights, *adapter.full, *adapter.copies])
+    _check_lost(base, adapter, names)
+    model = base.config.get("model_type")
+    if adapter.config.get("fan_in_fan_out") and model in _LINEAR_MODELS:
+        notes.append(f"fan_in_fan_out is passed over, as PEFT does: {model} has no Conv1D")
     updates = {names[name]: _update(base, names[name], adapter, module) for name, module in weights.items()}
     for name, copy in adapter.copies.items():
         if not _is_copy(base, names[name], copy):
@@ -209,12 +217,19 @@ def _update(base: Checkpoint, name: str, adapter: PeftAdapter, module: str) -> U
         return turned
     if kind == "conv2d" and shape == adapter.shapes[module]:
         return straight
-    conv1d = kind == "linear" and _is_conv1d(base, adapter, module)
-    if conv1d and shape == (inner, outer):
-        return turned
-    # fan_in_fan_out is one for all layers, and PEFT passes over it where a layer is a Linear.
-    if kind == "linear" and shape == (outer, inner):
-        if not conv1d or base.config.get("model_type") not in _CONV1D_MODELS:
+    model = base.config.get("model_type")
+    if kind == "linear":
+        conv1d = _is_conv1d(base, adapter, module)
+        if conv1d is None and shape == (inner, outer) == (outer, inner):
+            raise ValueError(
+                f"{name!r} in {str(base.folder)!r} has shape {shape}, fan_in_fan_out of the adapter's config "
+                f"is true, and model_type {model!r} is not known, so that it may be a Linear or a Conv1D. "
+                "Write fan_in_fan_out false in adapter_config.json if all adapted layers are Linear; else "
+                "merge in PEFT (merge_and_unload)."
+            )
+        if conv1d is not False and shape == (inner, outer):
+            return turned
+        if conv1d is not True and shape == (outer, inner):
             return straight
     raise ValueError(
         f"{name!r} has shape {shape} in {str(base.folder)!r}, and the adapter's update of it ({kind}) maps "
@@ -222,17 +237,50 @@ def _update(base: Checkpoint, name: str, adapter: PeftAdapter, module: str) -> U
         + (
             " It would fit a layer that is stored as (in, out), such as a Conv1D; if this is one, set "
             "fan_in_fan_out to true in the adapter_config.json."
-            if kind == "linear" and shape == (inner, outer)
+            if kind == "linear"
+            and shape == (inner, outer)
+            and model not in _LINEAR_MODELS.union(_CONV1D_MODELS)
             else ""
         )
     )
 
 
-def _is_conv1d(base: Checkpoint, adapter: PeftAdapter, module: str) -> bool:
-    """Whether a matrix is stored as (in, out)."""
-    if base.config.get("model_type") in _CONV1D_MODELS:
+def _is_conv1d(base: Checkpoint, adapter: PeftAdapter, module: str) -> bool | None:
+    """Whether a matrix is stored as (in, out); None where its shape alone can tell."""
+    model = base.config.get("model_type")
+    if model in _CONV1D_MODELS:
         return module.rpartition(".")[2] in _CONV1D_MODULES
-    return bool(adapter.config.get("fan_in_fan_out"))
+    # fan_in_fan_out is one for all layers, and PEFT passes over it where a layer is a Linear.
+    return None if adapter.config.get("fan_in_fan_out") and model not in _LINEAR_MODELS else False
+
+
+def _check_lost(base: Checkpoint, adapter: PeftAdapter, names: Mapping[str, str]) -> None:
+    """Raise for what the adapter's config names of the base, and the adapter does not hold."""
+    theirs, ours = next(iter(names.items()))
+    more = theirs.removesuffix(ours) if theirs.endswith(ours) else ""
+    less = ours.removesuffix(theirs) if ours.endswith(theirs) else ""
+    found = {more + n.removeprefix(less): base.entry(n).shape for n in base.owner if n.startswith(less)}
+    counts = [part.get("num_hidden_layers") for part in _parts(base.config)]
+    count = max((x for x in counts if isinstance(x, int)), default=math.inf)
+    # In newer versions of transformers the experts of a layer are one parameter, and no modules.
+    experts = any(".experts." in module for module in adapter.updates)
+
+    def of_model(name: str) -> bool:
+        # Layers that only draft the tokens after the next one, which transformers does not load.
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        draft = name.startswith("mtp.") or (layer is not None and int(layer[1]) >= count)
+        return not draft and (experts or ".experts." not in name)
+
+    held = [name for name in found if of_model(name)]
+    # GPT-2's files may have masks that are called bias.
+    parameters = [name for name in held if not (name.endswith(".bias") and len(found[name]) > 1)]
+    modules = [n.removesuffix(".weight") for n in held if n.endswith(".weight") and len(found[n]) in (2, 4)]
+    if text := lost(adapter, parameters, modules):
+        raise ValueError(
+            f"the adapter {text}: tensors were lost, or {str(base.folder)!r} has parts that the adapter's "
+            "model has not. In the second case load it in transformers by that model's class, save it with "
+            "save_pretrained(folder), and merge into that."
+        )
 
 
 def _require_float(base: Checkpoint, name: str) -> None:
@@ -480,7 +528,8 @@ class Merged:
         replaced: The tensors that the adapter holds in full.
         files: The safetensors files.
         size: Their bytes.
-        left_out: Files of the base that were not copied: weights in other forms.
+        left_out: What of the base was not copied: weights in other forms, hidden files and folders, links
+            to folders, and what is no file.
         notes: What is worth saying about it.
     """
 
@@ -507,10 +556,16 @@ def merge_checkpoint(
     r"""Add a PEFT adapter to a checkpoint in the Hugging Face layout, in bounded memory.
 
     :math:`W + s\,B A` is added in float32 (float64 if W or a factor is) and rounded once; entries whose
-    update is zero keep their bits. Biases and modules_to_save replace the base's. The other files of the
-    base are copied, weights in other forms left out. What is written lies beside `out` under another
-    name, and is renamed when it is whole and durable. A folder at `out` that is empty stays the folder it
-    is: what is written lies in it under a hidden name, and is moved up, config.json last.
+    update is zero keep their bits. Biases and modules_to_save replace the base's.
+
+    The other files of the base are copied, those of its folders too, with what links to files point to. Not
+    copied are weights in other forms (by their endings, and all with .safetensors in the name), an
+    adapter_config.json, what has a name that begins with a dot, and links to folders; a note names them.
+
+    What is written lies beside `out` in a folder `.lora_jax-…`, and is renamed when it is whole and durable.
+    A folder at `out` that is empty stays the folder it is: what is written lies in it under such a name, and
+    is moved up, config.json last. Only a process that is killed at once (SIGKILL, a power cut) leaves that
+    folder behind; the next merge beside it says so.
 
     Args:
         base: The folder with config.json and safetensors files.
@@ -518,8 +573,8 @@ def merge_checkpoint(
         out: The folder to make.
         dtype: What all floating tensors become, "F32", "F16" or "BF16"; by default each keeps its own.
         shard_size: The largest size of a file in bytes; by default the tensors are in files as the base's.
-        overwrite: Whether a model that is at `out` may be replaced; a folder with any file that is no
-            model's, and that the base does not have either, never is.
+        overwrite: Whether a model that is at `out` may be replaced: its config, weights and tokenizer, and
+            other files only where they equal the base's. A folder with any other file never is.
         say: Called with notes, before anything is written.
         progress: Called with the bytes that were written and those there are to write.
 
@@ -527,7 +582,7 @@ def merge_checkpoint(
         FileExistsError: there is something at `out`, and `overwrite` is not set or it is no model.
         FileNotFoundError: the base or the adapter is not there.
         ValueError: the two do not fit each other, a file is damaged, or a sum is infinite or no number.
-        OSError: the disk is full.
+        OSError: the disk is full, or a file too large for it; it names the file.
         ModuleNotFoundError: safetensors is not installed.
 
     >>> merge_checkpoint("no/such/model", "adapter", "out")
@@ -540,13 +595,16 @@ def merge_checkpoint(
     _check_places(source.folder, local_path(adapter), target)
     entries = _entries(source, dtype)
     files = _files(source, entries, shard_size)
-    copied, left_out = _others(source)
-    known = {*files, *copied}
+    copied, weights, odd = _others(source)
+    known = {**dict.fromkeys(files), **{name: source.folder / name for name in copied}}
     _check_vacant(target, overwrite, known)
     made = changes(source, read_peft(adapter))
     notes = [*made.notes]
-    if left_out:
-        notes.append(f"not copied, since they hold weights that are not merged: {', '.join(left_out)}")
+    if weights:
+        notes.append(f"not copied, since they hold weights that are not merged: {', '.join(weights)}")
+    if odd:
+        notes.append(f"not copied, being hidden, a link to a folder, or no file: {', '.join(odd)}")
+    notes += [_stale(path) for path in sorted(target.parent.glob(f"{_STAGING}*"))]
     for note in notes:
         say(note)
     created = [folder for folder in target.parents if not folder.exists()]
@@ -554,7 +612,7 @@ def merge_checkpoint(
     # An empty folder may be a mount point, or where a shell stands, and is filled.
     fill = target.is_dir() and not any(target.iterdir())
     # Else beside the target, since only inside one file system is a rename atomic.
-    staging = (target if fill else target.parent) / f".lora_jax-{secrets.token_hex(6)}"
+    staging = (target if fill else target.parent) / f"{_STAGING}{secrets.token_hex(6)}"
     try:
         size = sum(entries[name].size for name in entries)
         _check_space(staging.parent, size + sum((source.folder / name).stat().st_size for name in copied))
@@ -578,7 +636,7 @@ def merge_checkpoint(
         for folder in created:  # of a merge that failed
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-    return Merged(target, leaves, sorted(made.replaced), sorted(files), size, left_out, notes)
+    return Merged(target, leaves, sorted(made.replaced), sorted(files), size, [*weights, *odd], notes)
 
 
 def _check_places(base: Path, adapter: Path, target: Path) -> None:
@@ -592,12 +650,23 @@ def _check_places(base: Path, adapter: Path, target: Path) -> None:
         raise ValueError(f"{str(target)!r} is inside of the base; write a folder beside it.")
 
 
-def _check_vacant(target: Path, overwrite: bool, known: Collection[str]) -> None:
+def _stale(path: Path) -> str:
+    old = ", and its 'old' is what was at OUT before" if (path / "old").exists() else ""
+    return (
+        f"{str(path)!r} is of a merge or save that was killed{old}, or of one that runs now; if none runs, "
+        "remove it"
+    )
+
+
+def _check_vacant(target: Path, overwrite: bool, known: Mapping[str, Path | None]) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if target.is_dir() and not any(target.iterdir()):
         return
     where = repr(str(target))
+    if target.is_dir():
+        for path in target.glob(f"{_STAGING}*"):
+            raise FileExistsError(f"{_stale(path)}. What else is in {where} may be half of a model.")
     if not overwrite:
         what = some(sorted(path.name for path in target.iterdir())) if target.is_dir() else "something"
         raise FileExistsError(
@@ -608,11 +677,12 @@ def _check_vacant(target: Path, overwrite: bool, known: Collection[str]) -> None
             f"{where} is no model (a {CONFIG} with model_type or architectures, and {SINGLE} or {INDEX}), "
             "and --overwrite replaces nothing else. Remove it, or write another folder."
         )
-    foreign = [str(name) for name in _inside(target) if not _is_known(name, known)]
+    foreign = [name for name in _inside(target) if not _is_known(target, name, known)]
     if foreign:
+        differ = " (where the base has others by that name)" if str(foreign[0]) in known else ""
         raise FileExistsError(
-            f"{where} holds more than a model: {some(foreign)}, which --overwrite would lose. Move or remove "
-            "it, or write another folder."
+            f"{where} holds more than a model: {some(list(map(str, foreign)))}{differ}, which --overwrite "
+            "would lose. Move or remove it, or write another folder."
         )
     if os.path.ismount(target) or target in (Path.cwd(), *Path.cwd().parents):
         raise FileExistsError(
@@ -641,12 +711,14 @@ def _inside(folder: Path) -> Iterator[Path]:
         yield from ((here / name).relative_to(folder) for name in (*files, *links))
 
 
-def _is_known(name: Path, known: Collection[str]) -> bool:
-    return (
-        str(name) in known
-        or len(name.parts) == 1
-        and (name.name in _MODEL_FILES or _MODEL_FILE.fullmatch(name.name) is not None)
-    )
+def _is_known(target: Path, name: Path, known: Mapping[str, Path | None]) -> bool:
+    """Whether a file is a model's, or equal to the base's by that name."""
+    if len(name.parts) == 1 and (name.name in _MODEL_FILES or _MODEL_FILE.fullmatch(name.name)):
+        return True
+    if str(name) not in known:
+        return False
+    base = known[str(name)]
+    return base is None or ((target / name).is_file() and filecmp.cmp(target / name, base, shallow=False))
 
 
 def _move_up(new: Path, target: Path, staging: Path) -> None:
@@ -710,22 +782,30 @@ def _files(base: Checkpoint, entries: Mapping[str, tensors.Entry], limit: int | 
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _others(base: Checkpoint) -> tuple[list[str], list[str]]:
-    """The files to copy beside the weights, and those not to."""
-    copied, left_out = [], []
+def _others(base: Checkpoint) -> tuple[list[str], list[str], list[str]]:
+    """The files to copy beside the weights; not to copy are weights in other forms, and what is odd."""
+    copied, weights, odd = [], [], []
     made_anew = (CONFIG, INDEX, *base.files)
-    for path in sorted(base.folder.rglob("*")):
-        name = path.relative_to(base.folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or not path.is_file() or str(name) in made_anew:
-            continue
-        weights = str(name).endswith(tuple(_OTHER_WEIGHTS))
-        # An adapter beside a model is loaded with it, and would be added once more.
-        if weights or name.name == "adapter_config.json":
-            left_out.append(str(name))
-        else:
-            copied.append(str(name))
-    return copied, left_out
+    for folder, folders, files in os.walk(base.folder):
+        here = Path(folder)
+        strange = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in strange]
+        for path in [here / name for name in (*strange, *files)]:
+            name = str(path.relative_to(base.folder))
+            if name in made_anew:
+                continue
+            if path.name.startswith(".") or not path.is_file():
+                odd.append(name)
+            # An adapter beside a model is loaded with it, and would be added once more.
+            elif (
+                ".safetensors" in path.name
+                or name.endswith(tuple(_OTHER_WEIGHTS))
+                or path.name == "adapter_config.json"
+            ):
+                weights.append(name)
+            else:
+                copied.append(name)
+    return sorted(copied), sorted(weights), sorted(odd)
 
 
 def _write(
@@ -748,9 +828,11 @@ def _write(
                 {name: entries[name] for name in names}, {"format": "pt", **first.metadata}
             )
             with (folder / file).open("wb", buffering=0) as to:
-                _write_all(to, header)
+                with tensors.writing(folder / file):
+                    _write_all(to, header)
                 for name, data, found in _made(pool, base, handles, made, entries, names):
-                    _write_all(to, data)
+                    with tensors.writing(folder / file):
+                        _write_all(to, data)
                     if found is not None:
                         sums.setdefault(name, Sums()).__iadd__(found)
                     done += data.nbytes
@@ -758,9 +840,10 @@ def _write(
                     if done // _SYNC > (done - data.nbytes) // _SYNC:
                         # While others compute, rather than all at the end.
                         unsynced.append(syncing.submit(os.fsync, to.fileno()))
-                os.fsync(to.fileno())
-                for future in unsynced:
-                    future.result()
+                with tensors.writing(folder / file):
+                    os.fsync(to.fileno())
+                    for future in unsynced:
+                        future.result()
                 unsynced.clear()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -869,7 +952,8 @@ def _write_rest(
         shutil.copyfile(base.folder / CONFIG, folder / CONFIG)
     else:
         text = json.dumps(_with_dtype(base.config, tensors.DTYPES[dtype].name), indent=2, ensure_ascii=False)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        with tensors.writing(folder / CONFIG):
+            (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     if list(files) != [SINGLE]:
         total = sum(entry.size for entry in entries.values())
         place = {name: file for file, names in files.items() for name in names}
@@ -877,7 +961,8 @@ def _write_rest(
             "metadata": {**base.metadata, "total_size": total},
             "weight_map": dict(sorted(place.items())),
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        with tensors.writing(folder / INDEX):
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

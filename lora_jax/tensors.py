@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,32 @@ def header(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = No
     return struct.pack("<Q", len(text)) + text
 
 
+_REMEDIES = {
+    errno.EFBIG: "; raise the limit (ulimit -f), or write smaller files (of a merge, --shard-size)",
+    errno.ENOSPC: "; free some space, or write to another disk",
+    errno.EDQUOT: "; free some space, or write to another disk",
+}
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have an error name the file and a remedy, which one of writing or syncing does not.
+
+    >>> with writing("model.safetensors"):
+    ...     raise OSError(errno.EFBIG, "File too large")
+    Traceback (most recent call last):
+        ...
+    OSError: [Errno 27] File too large; raise the limit (ulimit -f), or write ...: 'model.safetensors'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        text = f"{error.strerror}{_REMEDIES.get(error.errno, '')}"
+        raise OSError(error.errno, text, os.fspath(path)) from None
+
+
 def write(
     path: str | os.PathLike[str],
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -209,12 +237,13 @@ def write(
 
     Raises:
         ValueError: an array has another dtype or shape than was said.
+        OSError: the disk is full, or the file too large for it.
     """
     entries = {
         name: Entry(dtype, shape, 0, DTYPES[dtype].itemsize * math.prod(shape))
         for name, (dtype, shape) in tensors.items()
     }
-    with Path(path).open("wb") as file:
+    with writing(path), Path(path).open("wb") as file:
         file.write(header(entries, metadata))
         for (name, (dtype, shape)), array in zip(tensors.items(), arrays, strict=True):
             if array.dtype != DTYPES[dtype] or array.shape != shape:

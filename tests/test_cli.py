@@ -1,5 +1,7 @@
 """The command `lora-jax`: a merged checkpoint is W + s·B·A rounded once; what fails leaves nothing."""
 
+import errno
+import io
 import json
 import os
 import resource
@@ -264,14 +266,21 @@ def test_the_report_is_that_of_check_merge(tmp_path, capsys, dtype, to, zeros):
         ({"model_type": "gpt2"}, True, "h.0.attn.c_attn", True),
         ({"model_type": "gpt2"}, True, "head", False),
         ({"model_type": "bert"}, False, "c_proj", False),
-        ({"model_type": "other"}, True, "c_proj", True),
+        ({"model_type": "llama"}, True, "q_proj", False),  # which PEFT passes over in a Linear
+        ({"model_type": "other"}, False, "c_proj", False),
+        ({"model_type": "other"}, True, "c_proj", None),
+        ({"model_type": None}, True, "c_proj", None),
     ],
 )
 def test_square_matrices_lie_as_the_configs_say(tmp_path, capsys, config, flag, module, turned):
     w, update = draw(8, 8), linear(8, 8)
     base = make_base(tmp_path / "base", {f"{module}.weight": w}, **config)
     adapter = make_adapter(tmp_path / "adapter", {module: update}, fan_in_fan_out=flag)
-    assert run(capsys, "merge", base, adapter, tmp_path / "out")[0] == 0
+    if turned is None:
+        refused(tmp_path, capsys, "fan_in_fan_out")
+        return
+    code, _, err = run(capsys, "merge", base, adapter, tmp_path / "out")
+    assert code == 0 and ("fan_in_fan_out is passed over" in err) == (config["model_type"] == "llama")
     delta = deltas({module: update})[module]
     assert one_rounding(read(tmp_path / "out")[f"{module}.weight"], w + (delta.T if turned else delta))
 
@@ -280,6 +289,9 @@ def test_square_matrices_lie_as_the_configs_say(tmp_path, capsys, config, flag, 
     ("config", "flag", "module", "shape", "fine"),
     [
         ({"model_type": "llama"}, False, "model.k_proj", (6, 8), False),
+        ({"model_type": "llama"}, True, "model.k_proj", (6, 8), False),
+        ({"model_type": "llama"}, True, "model.k_proj", (8, 6), True),
+        ({"model_type": "other"}, False, "model.k_proj", (6, 8), False),
         ({"model_type": "llama"}, False, "model.k_proj", (8, 6), True),
         ({"model_type": "other"}, True, "model.k_proj", (6, 8), True),
         ({"model_type": "other"}, True, "model.k_proj", (8, 6), True),
@@ -294,7 +306,7 @@ def test_a_matrix_of_the_turned_shape_is_only_a_conv1d(tmp_path, capsys, config,
     make_adapter(tmp_path / "adapter", {module: update}, fan_in_fan_out=flag)
     if not fine:
         err = refused(tmp_path, capsys, "maps 6 to 8")
-        assert ("fan_in_fan_out" in err) == (shape == (6, 8))
+        assert ("fan_in_fan_out" in err.splitlines()[-1]) == (config["model_type"] == "other")
         return
     assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")[0] == 0
     delta = deltas({module: update})[module]
@@ -307,9 +319,14 @@ def test_shards_dtype_and_other_files(tmp_path, capsys):
     base = make_base(tmp_path / "base", arrays, 2, text_config={"dtype": "float32"})
     (base / "1_Pooling").mkdir()
     (base / "1_Pooling" / "config.json").write_text("[]")
-    for name in ("pytorch_model.bin", "adapter_config.json", ".hidden"):
+    weights = ["adapter_config.json", "model.safetensors.bak", "pytorch_model.bin"]
+    for name in (*weights, ".hidden"):
         (base / name).write_text("{}")
+    (base / ".git").mkdir()
+    (base / ".git" / "HEAD").write_text("ref")
     os.symlink(base / "tokenizer.json", base / "link.json")
+    os.symlink(base / "1_Pooling", base / "linked")
+    os.symlink(base / "nothing", base / "1_Pooling" / "dangling")
     adapter = make_adapter(tmp_path / "adapter", {f"l.{i}.fc": linear(16, 8, seed=i) for i in range(4)})
     out = tmp_path / "deep" / "out"
     code, text, err = run(
@@ -318,9 +335,9 @@ def test_shards_dtype_and_other_files(tmp_path, capsys):
     assert code == 0, err
     report = json.loads(text)
     assert report["files"] == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert (
-        len(report["notes"]) == 1 and "pytorch_model.bin" in report["notes"][0] and report["notes"][0] in err
-    )
+    merged, strange = report["notes"]
+    assert merged.endswith(f": {', '.join(weights)}") and merged in err
+    assert strange.endswith(": .git, .hidden, 1_Pooling/dangling, linked") and strange in err
     expected = [*report["files"], "config.json", "tokenizer.json", "link.json", "1_Pooling", stream.INDEX]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     assert not (out / "link.json").is_symlink() and (out / "1_Pooling" / "config.json").is_file()
@@ -540,6 +557,91 @@ def test_a_base_that_is_none_is_refused(tmp_path, capsys, case):
     refused(tmp_path, capsys, text)
 
 
+LAYERS = {f"model.layers.{i}.{x}.weight": draw(6, 6, seed=i) for i in range(3) for x in ("q", "k")}
+LAYERS |= {f"model.layers.{i}.{x}.bias": draw(6, seed=i) for i in range(3) for x in ("q", "k")}
+LAYERS |= {"model.norm.weight": draw(6), "lm_head.weight": draw(12, 6)}
+ALL_Q = {f"model.layers.{i}.q": linear(6, 6) for i in range(3)}
+ALL_BIASES = {name.replace("q.bias", "q.base_layer.bias"): x for name, x in LAYERS.items() if ".bias" in name}
+Q_BIASES = {name: x for name, x in ALL_BIASES.items() if ".q." in name}
+
+
+def without(entries, *names):
+    return {name: x for name, x in entries.items() if name not in names}
+
+
+LOST = {
+    "factors": (without(ALL_Q, "model.layers.1.q"), {}, {}, "no factors for 'model.layers.1.q'"),
+    "all factors": ({}, ALL_BIASES, {"bias": "all"}, "no factors for 'model.layers.0.q'"),
+    "by expression": (
+        without(ALL_Q, "model.layers.2.q"),
+        {},
+        {"target_modules": r".*\.\d+\.q"},
+        "layers.2.q'",
+    ),
+    "every tensor": ({}, {}, {}, "holds no tensors"),
+    "bias": (ALL_Q, without(ALL_BIASES, "model.layers.1.k.bias"), {"bias": "all"}, "'model.layers.1.k.bias'"),
+    "layer's bias": (
+        *(ALL_Q, without(Q_BIASES, "model.layers.2.q.base_layer.bias")),
+        *({"bias": "lora_only"}, "'model.layers.2.q.bias'"),
+    ),
+    "module": (ALL_Q, {}, {"modules_to_save": ["lm_head"]}, "does not hold 'lm_head.weight'"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("case", LOST)
+def test_an_adapter_that_lost_tensors_is_refused_as_load_peft_does(tmp_path, capsys, case, prefix):
+    updates, full, config, text = LOST[case]
+    arrays = LAYERS if case != "module" or not prefix else without(LAYERS, "lm_head.weight")
+    # In the second case the base's names have no prefix, and the adapter's do.
+    arrays = {name.removeprefix(prefix): x for name, x in arrays.items()}
+    make_base(tmp_path / "base", arrays, tie_word_embeddings=False)
+    make_adapter(tmp_path / "adapter", updates, full, **{"target_modules": ["q"]} | config)
+    if case == "module" and prefix:
+        assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")[0] == 0
+        return
+    refused(tmp_path, capsys, text)
+    params, rules = {}, []
+    for name, x in LAYERS.items():
+        linear_weight = x.ndim == 2
+        params[name.replace(".", "_")] = jnp.asarray(x.T if linear_weight else x)
+        rules.append(names.Rule(name.replace(".", "_"), name, "linear" if linear_weight else "plain"))
+    with pytest.raises(ValueError, match=text):
+        lora_jax.peft.load_peft(tmp_path / "adapter", params, rules)
+
+
+NOT_TOUCHED = {
+    "other layers": ({}, {}, {"layers_to_transform": [0, 2]}, ["model.layers.1.q"]),
+    "other names": ({}, {}, {"exclude_modules": ["layers.1.q"]}, ["model.layers.1.q"]),
+    "a pattern": ({}, {}, {"target_modules": r".*\.[02]\.q"}, ["model.layers.1.q"]),
+    "whole names": ({}, {}, {"target_modules": sorted(ALL_Q)[:2]}, ["model.layers.2.q"]),
+    "all linear": ({}, {}, {"target_modules": "all-linear"}, ["model.layers.1.q"]),
+    "a norm": ({"model.layers.0.norm.q.weight": draw(6)}, {}, {}, []),
+    "a drafting layer": ({"model.layers.3.q.weight": draw(6, 6)}, {"num_hidden_layers": 3}, {}, []),
+    "a drafting model": ({"mtp.layers.0.q.weight": draw(6, 6)}, {}, {}, []),
+    "experts": ({"model.layers.0.mlp.experts.4.q.weight": draw(6, 6)}, {}, {}, []),
+    "a mask": ({"model.layers.0.bias": draw(1, 1, 6, 6)}, {}, {"bias": "all"}, []),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TOUCHED)
+def test_what_an_adapter_rightly_does_not_hold_is_not_missed(tmp_path, capsys, case):
+    more, base, config, out = NOT_TOUCHED[case]
+    make_base(tmp_path / "base", LAYERS | more, **base)
+    full = ALL_BIASES if config.get("bias") else {}
+    make_adapter(tmp_path / "adapter", without(ALL_Q, *out), full, **{"target_modules": ["q"]} | config)
+    code, _, err = run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert code == 0, err
+
+
+def test_a_lost_expert_is_noticed_where_experts_are_adapted(tmp_path, capsys):
+    names = [f"model.experts.{i}.w1" for i in range(3)]
+    make_base(tmp_path / "base", {f"{name}.weight": draw(6, 6) for name in names})
+    updates = {name: linear(6, 6) for name in names[:2]}
+    make_adapter(tmp_path / "adapter", updates, target_modules=["w1"])
+    refused(tmp_path, capsys, "no factors for 'model.experts.2.w1'")
+
+
 def good(tmp_path, **config):
     make_base(tmp_path / "base", BASE, **config)
     make_adapter(tmp_path / "adapter", {"model.fc": linear(8, 6)})
@@ -579,6 +681,42 @@ def test_a_model_with_anything_beside_it_is_not_overwritten(tmp_path, capsys, fo
     assert run(capsys, *write_it, "--overwrite")[0] == 0
     assert sorted(x.name for x in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert leftovers(tmp_path, "base", "adapter", "out") == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "1_Pooling/notes.md", "README.md/"])
+def test_a_file_that_the_base_has_too_is_replaced_only_by_its_equal(tmp_path, capsys, name):
+    good(tmp_path)
+    theirs, place = tmp_path / "base" / name.removesuffix("/"), tmp_path / "out" / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("the base's")
+    write_it = ("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert run(capsys, *write_it)[0] == 0
+    assert run(capsys, *write_it, "--overwrite")[0] == 0
+    place = tmp_path / "out" / name.removesuffix("/")
+    place.unlink()
+    place.mkdir() if name.endswith("/") else place.write_text("my notes!!")
+    refused(tmp_path, capsys, "the base has others by that name", "--overwrite", there=["out"])
+    assert place.is_dir() or place.read_text() == "my notes!!"
+    (tmp_path / "out" / "tokenizer.json").write_text("of another model")  # which is a model's
+    if place.is_dir():
+        place.rmdir()
+    place.write_text("the base's")
+    assert run(capsys, *write_it, "--overwrite")[0] == 0 and place.read_text() == "the base's"
+
+
+def test_what_a_killed_merge_left_is_named(tmp_path, capsys):
+    good(tmp_path)
+    for name in (".lora_jax-0a", ".lora_jax-0b/old"):
+        (tmp_path / name).mkdir(parents=True)
+    code, _, err = run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    one, two = (line for line in err.splitlines() if ".lora_jax-" in line)
+    assert code == 0 and ".lora_jax-0a' is of a merge" in one and "what was at OUT before" in two
+    assert (tmp_path / ".lora_jax-0b" / "old").is_dir()
+    filled = tmp_path / "filled"
+    (filled / ".lora_jax-0c").mkdir(parents=True)
+    there = ["out", "filled", ".lora_jax-0a", ".lora_jax-0b"]
+    for more in ([], ["--overwrite"]):
+        refused(tmp_path, capsys, "filled/.lora_jax-0c' is of a merge", *more, out="filled", there=there)
 
 
 @pytest.mark.parametrize("failure", [None, "write", "move", "interrupted", "space"])
@@ -690,7 +828,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, capsys, monkeypatch, failure,
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if failure == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-        text = "File too large"
+        text = "--shard-size): '"
     try:
         found, printed, err = run(capsys, "merge", base, adapter, out, *more)
     finally:
@@ -862,6 +1000,7 @@ import signal, sys, time
 from lora_jax import cli, stream
 # A job in a shell's background is started with it ignored, and what is ignored stays so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 before = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 def hang(*args):
     print("now", flush=True)
@@ -904,6 +1043,44 @@ def test_closed_outputs_are_no_errors(tmp_path):
         )
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert set(read(tmp_path / "out")) == set(BASE)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_outputs_that_cannot_be_written_to_stop_no_merge(tmp_path, full):
+    good(tmp_path)
+    command = [sys.executable, "-m", "lora_jax.cli", "merge", "base", "adapter", "out", "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    device = os.open("/dev/full", os.O_WRONLY)
+    outputs = {"stdout": device, "stderr": subprocess.PIPE} if full else {"stdout": writer, "stderr": writer}
+    done = subprocess.run(command, cwd=tmp_path, **outputs, text=True, check=False, env=_env())
+    os.close(writer)
+    os.close(device)
+    assert done.returncode == 1 and set(read(tmp_path / "out")) == set(BASE)
+    assert leftovers(tmp_path, "base", "adapter", "out") == []
+    if full:
+        last = done.stderr.splitlines()[-1]
+        assert "out' is complete, but its report was not written: [Errno 28]" in last
+
+
+class Gone(io.StringIO):
+    """A terminal that is gone."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_is_gone_stops_no_merge(tmp_path, capsys, monkeypatch):
+    good(tmp_path)
+    (tmp_path / "base" / ".hidden").write_text("of which a note is written")
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert run(capsys, "merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")[0] == 0
+    assert set(read(tmp_path / "out")) == set(BASE)
+    assert sys.stderr.name == os.devnull
+    sys.stderr.close()
 
 
 def _env():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from newest import some
+from newest import newest, some
 
 import lora_jax
 from experiments.models import generate, llama
@@ -88,6 +88,7 @@ def test_texts_of_stories260k_are_those_of_transformers(num_beams, ngram):
 
 
 @pytest.mark.parametrize("num_beams", some([3, 1]))
+@newest
 def test_any_of_several_ends_ends_a_text(num_beams):
     expected = RECORDED["qwen2_tiny/several"][num_beams - 1]
     prompts = [[int(token) for token in row if token >= 0] for row in RECORDED["qwen2_tiny/prompts"]]
@@ -104,6 +105,7 @@ def test_any_of_several_ends_ends_a_text(num_beams):
         (generate.beam, {"num_beams": 3, "no_repeat_ngram_size": 2}),
     ],
 )
+@newest
 def test_padding_changes_no_text(fn, settings):
     settings = settings | {"max_new": 10, "eos_id": 1}
     alone = np.concatenate([text(fn, [prompt], **settings) for prompt in PROMPTS[1:]])
@@ -132,6 +134,7 @@ def test_a_row_that_has_ended_stays_ended():
 
 
 @pytest.mark.parametrize("n", some([2, 1, 3]))
+@newest
 def test_no_ngram_comes_twice(n):
     found = text(generate.greedy, PROMPTS, max_new=24, eos_id=-1, no_repeat_ngram_size=n)
     for prompt, new in zip(PROMPTS, found, strict=True):
@@ -159,6 +162,7 @@ def test_a_wrapped_tree_gives_the_text_of_the_merged_one(fn, settings, scan):
     assert (np.asarray(merged) != np.asarray(jax.jit(fn)(params, *pad(PROMPTS)))).any()
 
 
+@newest
 def test_what_is_cut_off_is_what_transformers_cuts_off():
     scores = jnp.asarray(RECORDED["cut_off/scores"])
     names = [name for name in RECORDED.files if name.startswith("cut_off/") and name.count("/") == 2]
@@ -169,6 +173,7 @@ def test_what_is_cut_off_is_what_transformers_cuts_off():
         np.testing.assert_allclose(found, RECORDED[name], rtol=1e-6)
 
 
+@newest
 def test_samples_follow_the_distribution():
     model, params = model_of(QWEN)
     tokens, valid = pad(PROMPTS[:1])
@@ -185,6 +190,7 @@ def test_samples_follow_the_distribution():
     assert ((observed - expected)[likely] ** 2 / expected[likely]).sum() < 24.3
 
 
+@newest
 def test_one_key_gives_one_text_and_one_token_is_no_choice():
     fn = compiled(generate.sample, QWEN, max_new=10, eos_id=1)
     _, params = model_of(QWEN)
@@ -216,6 +222,24 @@ def test_a_number_out_of_range_is_refused(fn, settings, message):
         fn(model, params, *arguments, **({"max_new": 4, "eos_id": 1} | settings))
 
 
+@pytest.mark.parametrize("eos", [None, 2.0, [], "</s>", True])
+@pytest.mark.parametrize("fn", [generate.greedy, generate.beam])
+def test_an_end_that_is_no_token_is_refused(fn, eos):
+    model, params = model_of(QWEN)
+    settings = {"num_beams": 2} if fn is generate.beam else {}
+    with pytest.raises(TypeError, match="eos_id is .* write the token that ends a text, or several; -1"):
+        fn(model, params, *pad(PROMPTS), max_new=4, eos_id=eos, **settings)
+
+
+@pytest.mark.parametrize(("fn", "settings"), [(generate.greedy, {}), (generate.beam, {"num_beams": 2})])
+def test_minus_one_ends_no_text(fn, settings):
+    ended = text(fn, PROMPTS, max_new=8, eos_id=-1, **settings)
+    vocab = model_of(QWEN)[0].config.vocab_size
+    never = text(fn, PROMPTS, max_new=8, eos_id=vocab, **settings)  # a token that is never chosen
+    np.testing.assert_array_equal(ended, never)
+    assert ended.shape == (len(PROMPTS), 8) and np.all((ended >= 0) & (ended < vocab))
+
+
 def test_prompts_and_their_padding_have_one_shape():
     model, params = model_of(QWEN)
     with pytest.raises(ValueError, match=r"shape \(3, 6\) and valid \(6,\)"):
@@ -239,6 +263,7 @@ def test_a_token_outside_the_vocabulary_is_refused(short, token):
         short(prompts.at[2, 5].set(token), valid)
 
 
+@newest
 def test_the_last_token_of_the_vocabulary_is_taken_and_tracing_changes_nothing(short):
     prompts, valid = pad(PROMPTS)
     last = model_of(QWEN)[0].config.vocab_size - 1
@@ -246,6 +271,7 @@ def test_the_last_token_of_the_vocabulary_is_taken_and_tracing_changes_nothing(s
     np.testing.assert_array_equal(jax.jit(short)(prompts, valid), short(prompts, valid))
 
 
+@newest
 def test_what_padding_holds_does_not_count(short):
     prompts, valid = pad(PROMPTS)
     fn = jax.jit(short)
@@ -260,6 +286,7 @@ def test_a_row_without_a_valid_token_is_refused(short):
         short(prompts, valid.at[1].set(False))
 
 
+@newest
 def test_valid_may_be_a_mask_of_integers_and_nothing_else(short):
     prompts, valid = pad(PROMPTS)
     fn = jax.jit(short)

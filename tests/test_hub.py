@@ -634,6 +634,56 @@ def test_a_dtype_that_jax_would_round_is_refused(tmp_path):
         load(folder, dtype=jnp.float32)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool", "float17", jnp.int32, jnp.complex64, "float8_e4m3fn"])
+def test_a_dtype_that_is_no_floating_one_is_refused(dtype):
+    folders = {"gpt2_tiny": gpt2, "bert_tiny": bert, "llama_tiny": llama}
+    for name, library in folders.items():
+        with pytest.raises(ValueError, match=r"dtype is .*; write a floating one"):
+            library.load(FIXTURES / name, dtype=dtype)
+    with pytest.raises(ValueError, match=r"dtype is .*; write a floating one"):
+        load(TINY, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_whole_numbers_for_a_floating_leaf_are_refused(tmp_path, dtype):
+    folder = write(tmp_path / "model", stored() | {"transformer.ln_f.weight": np.ones(16, np.int8)})
+    with pytest.raises(
+        ValueError, match=r"ln_f/scale: 'transformer.ln_f.weight' is int8, no floating numbers"
+    ):
+        load(folder, dtype=dtype)
+    folder = write(tmp_path / "ints", {name: x.astype(np.int8) for name, x in stored().items()})
+    with pytest.raises(ValueError, match=r"no tensor has a floating dtype"):
+        gpt2.load(folder)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    ("stored_as", "value", "dtype"),
+    [("float32", 1e6, "float16"), ("float32", 3.4e38, "bfloat16"), ("float64", 1e60, "float32")],
+)  # fmt: skip
+def test_a_value_that_another_dtype_does_not_hold_is_refused(tmp_path, scan, stored_as, value, dtype):
+    name = "transformer.h.1.mlp.c_fc.bias"
+    old = {key: x.astype(stored_as) for key, x in stored().items()}
+    old[name][:3] = [value, np.inf, np.nan]  # of which the last two stay what they are
+    folder = write(tmp_path / "model", old)
+    with pytest.raises(
+        ValueError, match=rf"{name}' would have infinite or undefined values in {dtype} at 1 "
+    ):
+        gpt2.load(folder, dtype, scan=scan)
+    old[name][0] = 1
+    gpt2.load(write(folder, old), dtype, scan=scan)
+
+
+def test_a_value_is_checked_in_a_leaf_of_several_tensors_too(tmp_path):
+    rule = names.Rule("qkv", "{c}.weight", "linear: d (c o) -> o d", names={"c": ("q", "k")})
+    kernel = np.ones((4, 6), np.float32)
+    kernel[0, 4] = -1e9
+    hub.save(tmp_path, {"qkv": kernel}, [rule], {})
+    template = {"qkv": jax.ShapeDtypeStruct(kernel.shape, "float32")}
+    with pytest.raises(ValueError, match="'k.weight' would have infinite"):
+        hub.load(tmp_path, template, [rule], dtype="float16")
+
+
 # --- Files that are missing or damaged ---------------------------------------------------------------
 
 
@@ -732,6 +782,51 @@ def test_a_failure_leaves_the_old_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         hub.save(tmp_path, params, names.gpt2(), hub.config(TINY), shard_bytes=9000, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("overwritten", [None, 9000])
+@pytest.mark.parametrize("shard_bytes", [9000, 10**9])
+def test_an_interrupt_while_files_are_renamed_leaves_the_old_model(
+    tmp_path, monkeypatch, shard_bytes, overwritten
+):
+    params, config = load(TINY), hub.config(TINY)
+    new = jax.tree.map(lambda x: x + 1, params)
+    hub.save(tmp_path, params, names.gpt2(), config, **({"shard_bytes": overwritten} if overwritten else {}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    real, opens = {name: getattr(os, name) for name in ("rename", "replace")}, []
+
+    def after(count):
+        calls = itertools.count(1)
+
+        def move(source, target, how="rename"):
+            real[how](source, target)
+            opens.append((tmp_path / "config.json").exists())
+            if next(calls) == count:
+                raise KeyboardInterrupt
+
+        return move
+
+    for count in itertools.count(1):
+        opens.clear()
+        monkeypatch.setattr(os, "rename", after(count))
+        monkeypatch.setattr(os, "replace", functools.partial(after(count), how="replace"))
+        try:
+            hub.save(tmp_path, new, names.gpt2(), config, shard_bytes=shard_bytes, overwrite=True)
+        except KeyboardInterrupt:
+            assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+            continue
+        # A kill between two of them leaves a folder that does not open.
+        assert count > 2 and not any(opens[:-1]) and opens[-1]
+        break
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), new)
+
+
+def test_a_folder_by_a_models_name_is_refused(tmp_path):
+    (tmp_path / "config.json" / "mine").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"config.json is no file"):
+        hub.save(tmp_path, load(TINY), names.gpt2(), hub.config(TINY), overwrite=True)
+    assert (tmp_path / "config.json" / "mine").is_dir()
 
 
 def test_wrapped_parameters_are_not_saved(tmp_path):

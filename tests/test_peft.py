@@ -784,6 +784,57 @@ def test_a_table_in_full_that_is_the_head_too_is_refused(tmp_path):
     peft.load_peft(tmp_path, params | {"lm_head": {"kernel": jnp.ones((4, 7))}}, rules)
 
 
+def test_an_adapted_table_that_is_the_head_too_is_warned_of(tmp_path):
+    params = {"embed_tokens": {"embedding": jnp.ones((7, 4))}}
+    rules = lora_jax.names.llama()
+    peft.save_peft(lora_jax.wrap(params, rank=2, targets="embed_tokens"), tmp_path, rules, None)
+    with pytest.warns(
+        UserWarning, match="'embed_tokens/embedding', .* PEFT adapts the look-up alone"
+    ) as seen:
+        peft.load_peft(tmp_path, params, rules)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    # Any warning is an error here.
+    peft.load_peft(tmp_path, params, [rule for rule in rules if rule.name != "lm_head.weight"])
+    peft.load_peft(tmp_path, params | {"lm_head": {"kernel": jnp.ones((4, 7))}}, rules)
+
+
+def test_a_folder_by_an_adapters_name_is_refused(tmp_path):
+    (tmp_path / peft.CONFIG / "mine").mkdir(parents=True)
+    params = {"fc": {"kernel": jnp.ones((4, 3))}}
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="adapter_config.json' is no file"):
+            peft.save_peft(
+                lora_jax.wrap(params, rank=2),
+                tmp_path,
+                [Rule("fc/kernel", "fc.weight")],
+                None,
+                overwrite=overwrite,
+            )
+    assert [x.name for x in tmp_path.iterdir()] == [peft.CONFIG] and (
+        tmp_path / peft.CONFIG / "mine"
+    ).exists()
+
+
+def test_a_leaf_of_whole_numbers_is_refused_as_wrap_does(tmp_path):
+    params = {"fc": {"kernel": jnp.ones((4, 3))}}
+    rules = [Rule("fc/kernel", "fc.weight")]
+    peft.save_peft(lora_jax.wrap(params, rank=2), tmp_path, rules, None)
+    quantised = jax.tree.map(lambda x: x.astype(jnp.int8), params)
+    with pytest.raises(ValueError, match="'fc/kernel', which has dtype int8; only floating leaves"):
+        peft.load_peft(tmp_path, quantised, rules)
+    with pytest.raises(ValueError, match="only floating leaves"):
+        state = {"fc.lora_A": np.ones((2, 4), np.float32), "fc.lora_B": np.ones((3, 2), np.float32)}
+        peft.load_loralib(state, quantised, rules, scale=1.0)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    case = recorded("linear", "unrolled")
+    shutil.copy(case.folder / peft.CONFIG, tmp_path)
+    (tmp_path / peft.WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="adapter_model.safetensors' holds no tensors"):
+        peft.read_peft(tmp_path)
+
+
 def test_a_name_that_ends_that_of_a_module_with_others_is_written_as_an_expression(tmp_path):
     params = {name: {"kernel": jnp.ones((4, 4))} for name in ("output", "enc_output_dense")}
     rules = [

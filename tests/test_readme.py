@@ -25,4 +25,4 @@ def test_links_lead_somewhere():
 
 
 def test_the_examples_were_found():
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12

@@ -344,7 +344,7 @@ def load(
     labels = num_labels if stored is None else stored
     pooler = f"{prefix}pooler.dense.weight" in found and not (roberta and labels is not None)
     config = BertConfig.from_dict(raw, pooler=pooler, num_labels=labels, scan=scan)
-    dtype = jnp.dtype(hub.one_dtype(folder) if dtype is None else dtype)
+    dtype = hub.one_dtype(folder) if dtype is None else hub.floating(dtype)
 
     rules = names.bert(prefix)
     if any(name.endswith("LayerNorm.gamma") for name in found):  # as the oldest files have it

@@ -14,8 +14,9 @@ That is checked of arrays with values. What is traced has none, such as the argu
 or lora_jax.lora, so check before such a call: a token outside the vocabulary or a row without a valid one
 then gives a text without meaning.
 
-They return int32 (batch, max_new); `eos_id` is one token or several that end a text, and a text that has
-ended is filled up with the first. What `greedy` and `beam` give are the tokens of transformers' `generate`.
+They return int32 (batch, max_new); `eos_id` is one token or several that end a text, -1 for none, and a
+text that has ended is filled up with the first. What `greedy` and `beam` give are the tokens of transformers'
+`generate`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def greedy(
     does not count.
 
     Raises:
-        TypeError: the prompts or `valid` are of another kind.
+        TypeError: the prompts, `valid` or `eos_id` are of another kind.
         ValueError: `max_new` or `no_repeat_ngram_size` is no such number, the shapes differ, or of arrays
             with values, a token is outside the vocabulary or a row has no valid one.
     """
@@ -295,6 +296,11 @@ def _checked(model, params, prompts, valid, eos_id, max_new, ngram):
                     f"prompts[{row}, {slot}] is {tokens[row, slot]}; the vocabulary has the tokens 0 to "
                     f"{vocab - 1}."
                 )
+    ends = eos_id if isinstance(eos_id, jax.Array) else np.asarray(eos_id)
+    if not jnp.issubdtype(ends.dtype, jnp.integer) or not ends.size:
+        raise TypeError(
+            f"eos_id is {eos_id!r}; write the token that ends a text, or several; -1 where none does."
+        )
     valid = jnp.asarray(valid).astype(bool)
     # No weight of zero makes up for a value that is not a number, which an embedding may give outside.
     prompts = jnp.where(valid, jnp.asarray(prompts).astype(jnp.int32), jnp.int32(0))

@@ -268,7 +268,7 @@ def load(
     prefix = hub.prefix(found, ("transformer.", ""), "wte.weight")
     if config.tie_embeddings and not any(re.fullmatch(pattern, "lm_head.weight") for pattern in ignore):
         hub.require_tied(found, f"{prefix}wte.weight")
-    dtype = jnp.dtype(hub.one_dtype(folder) if dtype is None else dtype)
+    dtype = hub.one_dtype(folder) if dtype is None else hub.floating(dtype)
     # The masks that old files hold, and the copy of a tied embedding.
     unused = [rf"{re.escape(prefix)}h\.\d+\.attn\.(masked_)?bias"]
     unused += [r"lm_head\.weight"] if config.tie_embeddings else []

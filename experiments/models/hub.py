@@ -121,13 +121,33 @@ def require_tied(found: Mapping[str, Tensor], table: str, head: str = "lm_head.w
         )
 
 
+def floating(dtype: Any) -> np.dtype:
+    """A dtype that parameters can have.
+
+    Raises:
+        ValueError: it is none, or no floating one of 16 bits or more.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    # jax promotes no 8-bit floats, so that no model would run.
+    if found is None or not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
+        raise ValueError(
+            f"dtype is {dtype!r}; write a floating one of 16 bits or more, 'float32' or 'bfloat16'."
+        )
+    return found
+
+
 def one_dtype(folder: str | Path) -> np.dtype:
     """The one floating dtype of a folder's tensors.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several, or none.
     """
     kinds = {t.dtype for t in stored(folder).values() if jnp.issubdtype(t.dtype, jnp.floating)}
+    if not kinds:
+        raise ValueError(f"{folder}: no tensor has a floating dtype; give the model that it was made from.")
     if len(kinds) != 1:
         raise ValueError(
             f"{folder}: several dtypes {sorted(map(str, kinds))}; choose one: load(folder, dtype=...)"
@@ -148,12 +168,12 @@ def load(
 
     Args:
         folder: Holds model.safetensors, or shards and their index.
-        template: The parameters' shapes, such as `jax.eval_shape(model.init, ...)["params"]`. Their
-            dtypes do not count.
+        template: The parameters' shapes, such as `jax.eval_shape(model.init, ...)["params"]`. Of their
+            dtypes it only counts whether they are floating.
         rules: What the leaves are called in the files.
         shardings: One sharding for all leaves, or a tree of them like the template. Each device reads
             the part of a tensor that it holds. By default everything goes to the default device.
-        dtype: The dtype of the leaves; by default each keeps the one it is stored in.
+        dtype: The floating dtype of the leaves; by default each keeps the one it is stored in.
         ignore: Regular expressions for whole names in the files of what the model has no use for.
 
     Returns:
@@ -161,8 +181,10 @@ def load(
 
     Raises:
         FileNotFoundError: files are missing.
-        ValueError: tensors and template do not fit each other, with the names of all that do not.
+        ValueError: tensors and template do not fit each other, with the names of all that do not; the
+            dtype is no floating one, or a value is finite in the files and infinite in it.
     """
+    dtype = None if dtype is None else floating(dtype)
     found = stored(folder)
     leaves = dict(leaves_with_path(template))
     named = names.named(template, rules)
@@ -175,6 +197,10 @@ def load(
                 f"{piece.path}: {piece.name!r} has shape {found[piece.name].shape}, "
                 f"config.json says {piece.shape}"
             )
+        elif jnp.issubdtype(leaves[piece.path].dtype, jnp.floating) and not jnp.issubdtype(
+            found[piece.name].dtype, jnp.floating
+        ):
+            problems.append(f"{piece.path}: {piece.name!r} is {found[piece.name].dtype}, no floating numbers")
     wanted = {piece.name for piece in itertools.chain(*named.values())}
     passed = re.compile("|".join(f"(?:{pattern})" for pattern in ignore) or r"(?!)")
     extra = [name for name in found if name not in wanted and not passed.fullmatch(name)]
@@ -220,7 +246,10 @@ class _Source:
             # A leaf's axis made of several of torch's: a slice of it is no slice of theirs.
             whole = np.empty(self.shape, self.dtype)
             for piece in self.parts:
-                piece.put(whole, self.found[piece.name].view())
+                old = self.found[piece.name].view()
+                with np.errstate(over="ignore"):
+                    piece.put(whole, old)
+                self._check(piece, old, piece.of(whole))
             return whole[index]
         index = tuple(slice(*place.indices(size)) for place, size in zip(index, self.shape, strict=True))
         result = np.empty([place.stop - place.start for place in index], self.dtype)
@@ -238,8 +267,25 @@ class _Source:
             here = [slice(None)] * len(axes)
             for axis, i in piece.index.items():
                 here[axes.index(axis)] = i - span[axis].start
-            result[tuple(here)] = part
+            with np.errstate(over="ignore"):
+                result[tuple(here)] = part
+            self._check(piece, part, result[tuple(here)])
         return result
+
+    def _check(self, piece: names.Piece, old: np.ndarray, new: np.ndarray) -> None:
+        """Raise for what is finite in the file and not in the leaf."""
+        if (
+            not jnp.issubdtype(old.dtype, jnp.floating)
+            or jnp.finfo(new.dtype).max >= jnp.finfo(old.dtype).max
+        ):
+            return
+        with np.errstate(invalid="ignore"):  # which some versions say of any NaN in bfloat16
+            bad = int(np.count_nonzero(~np.isfinite(new) & np.isfinite(old)))
+        if bad:
+            raise ValueError(
+                f"{piece.name!r} would have infinite or undefined values in {self.dtype} at {bad} entries, "
+                "which are finite in the files; give a wider dtype."
+            )
 
 
 def save(
@@ -259,21 +305,24 @@ def save(
         rules: What the leaves are called.
         config: The content of config.json. A dtype in it becomes that of the parameters.
         shard_bytes: What one file holds at most, unless one tensor alone is larger.
-        overwrite: Whether a model that is there may be replaced, once the new one is written.
+        overwrite: Whether a model that is there may be replaced, once the new one is written. The old
+            config.json goes first and the new one comes last, so nothing opens a mixture of the two.
 
     Raises:
-        FileExistsError: the folder holds a model, and `overwrite` is not set.
+        FileExistsError: the folder holds a model, and `overwrite` is not set; or a folder by such a name.
         ValueError: leaves have no rule, or a dtype that the format cannot hold.
     """
     folder = local_path(folder)
     patterns = (hub.SINGLE, "model-?????-of-?????.safetensors", hub.INDEX)
-    old = [file for pattern in patterns for file in folder.glob(pattern)]
-    present = [*old, *folder.glob("config.json")]
+    present = [file for pattern in ("config.json", *patterns) for file in folder.glob(pattern)]
     if present and not overwrite:
         raise FileExistsError(
             f"there is a model in {folder} already ({present[0].name}); write overwrite=True to replace it, "
             "or another folder."
         )
+    for file in present:
+        if not file.is_file():
+            raise FileExistsError(f"{file} is no file; move it, or write another folder.")
     leaves = dict(leaves_with_path(params, is_wrapped_leaf))
     named = names.named(params, rules)
     problems = [f"{path} has no rule" for path in leaves if path not in named]
@@ -318,11 +367,17 @@ def save(
             (staging / hub.INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
             made.append(hub.INDEX)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in [*made, "config.json"]:
-            os.replace(staging / file, folder / file)
-        for file in old:
-            if file.name not in made:
-                file.unlink()
+        (staging / "old").mkdir()
+        moves = [(file, staging / "old" / file.name) for file in present]
+        moves += [(staging / file, folder / file) for file in (*made, "config.json")]
+        try:
+            for source, target in moves:
+                os.rename(source, target)
+        except BaseException:
+            for source, target in reversed(moves):
+                if target.exists() and not source.exists():
+                    os.rename(target, source)
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
