@@ -78,3 +78,9 @@ def test_what_cannot_be_compared_raises():
         lora_jax.check_merge(apply, {"layer": {"kernel": jnp.ones((32, 4))}}, X)
     with pytest.raises(ValueError, match="floating"):
         lora_jax.check_merge(lambda p, x: jnp.argmax(apply(p, x)), sized(0.01, jnp.float32), X)
+
+
+def test_a_wrapped_tree_may_lie_inside_of_another():
+    tree = sized(0.01, jnp.bfloat16)
+    nested = lora_jax.check_merge(lambda p, x: apply(p["params"], x), {"params": tree}, X)
+    assert nested == lora_jax.check_merge(apply, tree, X)
