@@ -95,15 +95,22 @@ class Settings:
     run_dir: str | None = setting(None, str, "where training saves itself; by default OUT/NAME_run")
 
 
-def parse(argv: list[str]) -> Settings:
+def parse(
+    argv: list[str],
+    kind: Any = Settings,
+    module: str = "run",
+    description: str = __doc__,
+    epilog: str = EPILOG,
+) -> Any:
+    """The settings of a module here, of the dataclass `kind`, from flags and the file of --config."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.e2e_nlg.run",
-        description=__doc__.split("\n")[0],
-        epilog=EPILOG,
+        prog=f"python -m experiments.e2e_nlg.{module}",
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="a JSON file of settings, named like the flags with underscores")
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, field in fields.items():
         text = field.metadata["help"] + ("" if field.default is None else f" [{field.default}]")
         flag = f"--{name.replace('_', '-')}"
@@ -114,7 +121,7 @@ def parse(argv: list[str]) -> Settings:
         if unknown := sorted(set(from_file) - set(fields)):
             parser.error(f"{config}: no such setting: {unknown}; there are {sorted(fields)}")
         values = from_file | values
-    return Settings(**values)
+    return kind(**values)
 
 
 def token_losses(model: llama.Llama, params: Any, batch: Any, smoothing: float) -> jax.Array:
