@@ -224,7 +224,7 @@ def small_cell(config: dict[str, Any]) -> dict[str, Any]:
 def panels(
     config: dict[str, Any], updates: Updates, place: str, of: str, words: str = ""
 ) -> list[tuple[str, np.ndarray]]:
-    """Titles and φ: of a matrix in two runs that differ in rank and seed, and in two that differ in the seed."""
+    """Titles and φ: of a matrix in two runs of other ranks and seeds, and in two of other seeds."""
     runs = [pairs(config)[kind][0] for kind in ("ranks", "seeds")]
     return [
         (f"{words} {x}, {y}", analysis.subspace_similarity(updates[x][place], updates[y][place], of))

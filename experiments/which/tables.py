@@ -84,17 +84,23 @@ def made_of(found: dict[str, Any], labels: Any, settings: dict[str, Any]) -> dic
     }
 
 
-def paper() -> dict[str, dict[str, dict[str, float]]]:
-    """The paper's Tables 5 and 6, by set and rank."""
+def paper() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """The paper's Tables 5 and 6, each by set and rank: where both have a configuration they may differ."""
     five, six = paper_table("table5_which_matrices"), paper_table("table6_rank")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for i, column in enumerate(five["columns"]):
-        name, rank = column.rsplit(" r", 1)
-        found.setdefault(name, {})[rank] = {corpus: five[corpus][i] for corpus in CORPORA}
-    for name in ("q", "q,v", "q,k,v,o"):
-        for i, rank in enumerate(six["ranks"]):
-            found[name][str(rank)] = {corpus: six[f"{corpus} {name}"][i] for corpus in CORPORA}
-    return found
+    columns = [column.rsplit(" r", 1) for column in five["columns"]]
+    return {
+        "matrices": {
+            name: {rank: {corpus: five[corpus][i] for corpus in CORPORA}}
+            for i, (name, rank) in enumerate(columns)
+        },
+        "ranks": {
+            name: {
+                str(rank): {corpus: six[f"{corpus} {name}"][i] for corpus in CORPORA}
+                for i, rank in enumerate(six["ranks"])
+            }
+            for name in ("q", "q,v", "q,k,v,o")
+        },
+    }
 
 
 def percent(interval: Sequence[float]) -> str:
@@ -111,12 +117,12 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
     """The README's tables, by the names of their places."""
     made, known, rates = record["tables"], record["paper"], record["rates"]
 
-    def published(name: str, rank: int) -> dict[str, float]:
-        return known.get(name, {}).get(str(rank), {})
+    def published(table: str, name: str, rank: int) -> dict[str, float]:
+        return known[table].get(name, {}).get(str(rank), {})
 
-    def figures(row: dict[str, Any]) -> list[str]:
+    def figures(row: dict[str, Any], table: str) -> list[str]:
         low, high = row["interval"]
-        theirs = published(row["targets"], row["rank"])
+        theirs = published(table, row["targets"], row["rank"])
         return [
             f"{100 * np.mean(row['scores']):.1f}",
             " ".join(f"{100 * x:.1f}" for x in row["scores"]),
@@ -130,16 +136,25 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
     for row in made["matrices"]:
         over, rate = f"{row['over_budget']:+.1%}" if row["rank"] else "", f"{rates[row['targets']]:g}"
         matrices.append(
-            [row["targets"], str(row["rank"] or ""), f"{row['trained']:,}", over, rate, *figures(row)]
+            [
+                row["targets"],
+                str(row["rank"] or ""),
+                f"{row['trained']:,}",
+                over,
+                rate,
+                *figures(row, "matrices"),
+            ]
         )
     ranks = [
-        [name, str(row["rank"]), f"{row['trained']:,}", *figures(row)]
+        [name, str(row["rank"]), f"{row['trained']:,}", *figures(row, "ranks")]
         for name, rows in made["ranks"].items()
         for row in rows
     ]
     claims = []
     for x in made["claims"]:
-        (_, low, high), theirs = x["difference"], [published(*which) for which in x["pair"]]
+        (_, low, high), (first, second) = x["difference"], x["pair"]
+        table = "ranks" if first[0] == second[0] else "matrices"
+        theirs = [published(table, *which) for which in (first, second)]
         words = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
         differences = [f"{theirs[0][y] - theirs[1][y]:+.1f}" if all(theirs) else "" for y in CORPORA]
         text = " less ".join(f"{name} r{rank}" for name, rank in x["pair"])
@@ -195,23 +210,21 @@ def draw(record: dict[str, Any], path: Path) -> None:
             ranks.plot(x, scores.mean(1), "o-", color=colours[name], label=name)
             ranks.fill_between(x, scores.min(1), scores.max(1), color=colours[name], alpha=0.15, linewidth=0)
     ranks.set_title("by rank (bands: the seeds)")
-    for corpus, marker in zip(CORPORA, "so", strict=True):
-        values = [known.get(x["targets"], {}).get(str(x["rank"]), {}).get(corpus) for x in made["matrices"]]
-        values = [np.nan if value is None else value for value in values]
-        their_sets.plot(names, values, marker, color="#666666", label=corpus, fillstyle="none")
+    values = [known["matrices"].get(x["targets"], {}).get(str(x["rank"])) for x in made["matrices"]]
+    values = [np.nan if value is None else value["WikiSQL"] for value in values]
+    their_sets.plot(names, values, "s", color="#1f4e79")
     for name, colour in colours.items():
-        x = sorted(map(int, known[name]))
-        for corpus, style in zip(CORPORA, ("s-", "o--"), strict=True):
-            values = [known[name][str(rank)][corpus] for rank in x]
-            their_ranks.plot(x, values, style, color=colour, label=name if style == "s-" else None)
+        x = sorted(map(int, known["ranks"][name]))
+        values = [known["ranks"][name][str(rank)]["WikiSQL"] for rank in x]
+        their_ranks.plot(x, values, "s-", color=colour, label=name)
     their_ranks.set_xscale("log", base=2)
     their_ranks.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
-    their_sets.set_title("the paper's, GPT-3, 18M trained")
-    their_ranks.set_title("the paper's, GPT-3 (squares: WikiSQL, circles: MNLI)")
+    their_sets.set_title("the paper's: GPT-3, WikiSQL, one budget")
+    their_ranks.set_title("the paper's: GPT-3, WikiSQL, by rank")
     their_ranks.set_xlabel("rank")
     for axis, text in ((sets, f"{made['metric']} × 100"), (their_sets, "accuracy, %")):
         axis.set_ylabel(text)
-    for axis in (ranks, their_sets, their_ranks):
+    for axis in (ranks, their_ranks):
         axis.legend(frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
