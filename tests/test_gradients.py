@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from cases import CASES, dense_tree
 from jax import lax
-from newest import NEWEST
+from newest import FUSED, NEWEST
 from test_equivalence import assert_same, compiled
 
 import lora_jax
@@ -61,10 +61,7 @@ def at_once(measure, ours, merged, *args, **options):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_reverse_mode(case):
     ours, merged, point = losses(case)
-    # Some of nnx computes in float32, which two programs round alike only where XLA fuses them alike: by the
-    # emitters that conftest turns off.
-    old = jax.__version_info__ < (0, 11) and case.name.startswith("nnx")
-    options = {"xla_cpu_use_fusion_emitters": True} if old else {}
+    options = FUSED if case.name.startswith("nnx") else {}  # some of which is in float32
     assert_same(*at_once(lambda f, *x: jax.grad(f, (0, 1))(*x), ours, merged, *point, **options))
 
 

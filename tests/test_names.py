@@ -1,6 +1,7 @@
 """Rules: every weight of a foreign tree has the name, the shape and the numbers of Hugging Face's."""
 
 import json
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,9 @@ def test_an_adapter_on_tunix_is_its_own_conversion(kind, tunix, tmp_path):
         return loading.create_model_from_safe_tensors(str(folder), config, dtype=jnp.float32)
 
     state = {name: np.float32(0.3) * x for name, x in drawn(shapes, np.float32).items()}
-    base, wrapped = assert_loads(tmp_path, state, convert, rules, 1e-6)
+    tied = pytest.warns(UserWarning, match="adapted in both uses") if kind == "llama, tied" else nullcontext()
+    with tied:
+        base, wrapped = assert_loads(tmp_path, state, convert, rules, 1e-6)
 
     def fn(model):
         tokens, mask = jnp.asarray([[1, 5, 2, 10, 3]]), jnp.tril(jnp.ones((1, 5, 5), bool))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from newest import FUSED
 
 import lora_jax
 from lora_jax.tree import leaves_with_path
@@ -56,7 +57,7 @@ def outputs(run, point):
         weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
         return jnp.sum(out * weights), out
 
-    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(point)
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FUSED)(point)
     assert jax.tree.structure(gradients) == jax.tree.structure(point)
     return [out, *jax.tree.leaves(gradients)]
 
