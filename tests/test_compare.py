@@ -245,7 +245,7 @@ def test_the_records_first_steps_are_made_again():
         tx = made.optimizer(found["learning_rate"])
         state = lora_jax.TrainState.create(made.wrapped(0), tx, jax.random.key(0))
         losses = []
-        for batch in itertools.islice(compare.batches(task.train, settings.batch, 0), 3):
+        for batch in itertools.islice(compare.batches(task.train, settings.batch, 0), 4):
             state, metrics_of_step = made.step(state, batch)
             losses.append(float(metrics_of_step["loss"]))
     # Another version of jax rounds otherwise.

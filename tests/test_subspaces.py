@@ -63,6 +63,10 @@ def test_training_moves_the_factors_of_q_and_v(tiny):
         assert np.array_equal(update.w, start[place].w) and not start[place].b.any()
     _, first = run.train(config | {"epochs": 1, "learning_rate": 1e-6}, task, rank=2, seed=0)
     assert log["loss"] < first["loss"] and set(log["scores"]) == {"Matthews"}
+    still = [run.adapt(config | {"learning_rate": 0.0}, task.train, 2, 2, seed)[0] for seed in (0, 1)]
+    heads = [np.asarray(tree["classifier"]["kernel"].value) for tree in still]
+    assert np.array_equal(*heads) and heads[0].any()
+    assert not np.array_equal(*(run.by_place(tree)["0/q"].a for tree in still))
 
 
 def drawn(config, rows, outputs, rank, seed):

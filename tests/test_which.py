@@ -52,8 +52,8 @@ def problem(dtype="float64"):
     )
 
 
-FORMS = [("none", 0), ("q,v", 2), ("q", 3), ("MLP", 1)]
-RATES, ALPHA, SEEDS = (1e-2, 2e-2, 3e-2, 1e-2), 4.0, 2
+FORMS = [("none", 0), ("q", 3), ("q,MLP", 1)]
+RATES, ALPHA, SEEDS = (1e-2, 2e-2, 3e-2), 4.0, 2
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def together():
         made = problem()
         chosen = [run.Configuration(*form, rate, SEEDS) for form, rate in zip(FORMS, RATES, strict=True)]
         given = list(run.batches(made.task.train, SETTINGS, SEEDS))
-        union = [kind for kind in run.PATTERNS if kind != "k"]
+        union = ("q", "v", "MLP")
         table = [[run.member(made, x, union, ALPHA, seed) for x in chosen] for seed in range(SEEDS)]
         steps = run.steps_of(made.task.train, SETTINGS)
         return made, given, chosen, stacked.train(run.loss_of(made.model), table, RATES, given, steps, "")
@@ -175,6 +175,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
     assert (tmp_path / "CoLA.png").stat().st_size > 10_000
     check(first)
     monkeypatch.setattr(run, "run_group", pytest.fail)  # nothing is trained again
+    monkeypatch.setattr(tables, "draw", lambda record, path: None)
     assert run.main([])["tables"] == first["tables"]
     monkeypatch.setattr(run, "parse", lambda arguments: (SETTINGS | {"alpha": 1.0}, tmp_path))
     with pytest.raises(SystemExit, match="sweep_0.json was made with"):

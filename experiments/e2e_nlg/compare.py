@@ -309,7 +309,7 @@ def training(task: Task, made: System, weights: Path, rate: float, seed: int) ->
         "validation_loss": made.loss(state.wrapped),
         "trainable": sum(x.size for x in jax.tree.leaves(trained)),
         "seconds_per_step": float(np.median(seconds)) if seconds else None,
-        "first_losses": losses[:3],
+        "first_losses": losses[:4],
         "curve": [
             [end, float(np.mean(losses[end - window : end]))] for end in range(window, task.steps + 1, window)
         ],

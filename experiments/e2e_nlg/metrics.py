@@ -25,8 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sacrebleu.metrics import BLEU
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+try:
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+except ImportError as error:
+    raise ModuleNotFoundError(f'{error}; run: pip install -e ".[experiments]"') from None
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]

@@ -46,7 +46,7 @@ FLAGS = {
     "learning_rate": "the peak of Adam's",
     "alpha": "the update's scale is alpha / rank",
     "ranks": "the two ranks that are compared",
-    "seeds": "the two seeds: of the new head, the factors and the order of the rows",
+    "seeds": "the two seeds: of the factors and the order of the rows",
 }
 EPILOG = """\
 an encoder of the paper's, with its hyperparameters (wants a GPU):
@@ -81,7 +81,9 @@ def adapt(
     made = glue.system(settings_of(config, rank), "lora_qv", outputs)
     steps = config["epochs"] * -(-len(rows) // config["batch"])
     tx = glue.optimizer(config["learning_rate"], float(round(config["warmup"] * steps)), float(steps))
-    state = lora_jax.TrainState.create(made.wrapped(seed), tx, jax.random.key(seed))
+    # One new head for all: a head's random rows would say in which direction all else is to move.
+    start = made.wrapped(seed) | {"classifier": made.wrapped(0)["classifier"]}
+    state = lora_jax.TrainState.create(start, tx, jax.random.key(seed))
     batches = itertools.chain.from_iterable(
         data.epoch(rows, config["batch"], [seed, number]) for number in range(config["epochs"])
     )

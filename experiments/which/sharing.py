@@ -11,6 +11,7 @@ Writes results/sharing.json, and the tables into README.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -111,6 +112,11 @@ class Alone:
         return self.step.lower(self.state, batch)
 
 
+def compare(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    with jax.enable_x64(dtype == "float64"):
+        return {"result": curves(open_problem(settings, dtype), settings, [*FORMS[:6], *MLP])}
+
+
 def curves(problem: run.Problem, settings: dict[str, Any], forms: Sequence[Any]) -> dict[str, Any]:
     """The losses in one run and apart, step by step, and how far they are from one another."""
     given = batches(problem, settings, settings["compared_steps"])
@@ -124,6 +130,7 @@ def curves(problem: run.Problem, settings: dict[str, Any], forms: Sequence[Any])
         theirs.append([x.advance(batch) for x in alone])
     differences = np.abs(np.subtract(ours, theirs))
     return {
+        "dtype": dtype,
         "steps": len(given),
         "members": len(forms),
         "largest_difference": float(differences.max()),
@@ -134,12 +141,17 @@ def curves(problem: run.Problem, settings: dict[str, Any], forms: Sequence[Any])
     }
 
 
-def compiled(lowered: Any) -> dict[str, float]:
+def compiled(arm: Stack | Alone, batch: Any) -> dict[str, float]:
+    """What the compiler says of a step; its seconds are those of tracing and lowering too."""
     begin = time.perf_counter()
-    made = lowered.compile()
+    made = arm.lower(batch).compile()
     seconds = time.perf_counter() - begin
     flops = made.cost_analysis()["flops"]
     return {"compile_seconds": seconds, "gflop": flops / 1e9, "bytes": stacked.memory(made)}
+
+
+def measure(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {"result": costs(open_problem(settings, dtype), settings)}
 
 
 def costs(problem: run.Problem, settings: dict[str, Any]) -> dict[str, Any]:
@@ -149,16 +161,15 @@ def costs(problem: run.Problem, settings: dict[str, Any]) -> dict[str, Any]:
     forms = [*FORMS, *MLP]
     alone, single = {form: Alone(problem, form, alpha, step) for form in forms}, {}
     for form in tqdm(forms, desc="compiling each alone"):
-        single[form] = compiled(alone[form].lower(batch))
+        single[form] = compiled(alone[form], batch)
     arms = {f"{n} forms": (FORMS[:n], Stack(problem, FORMS[:n], alpha)) for n in settings["sizes"]}
     most = FORMS[: max(settings["sizes"])]
     arms["their own batches"] = most, Stack(problem, most, alpha, apart=True)
     alike = [("q,v", 4)] * len(most)
     arms["alike"] = alike, Stack(problem, alike, alpha)
     arms["with the MLP"] = MLP + most[:-2], Stack(problem, MLP + most[:-2], alpha)
-    whole = {
-        name: compiled(arm.lower(batch)) for name, (_, arm) in tqdm(arms.items(), desc="compiling stacks")
-    }
+    listed = tqdm(arms.items(), desc="compiling stacks")
+    whole = {name: compiled(arm, batch) for name, (_, arm) in listed}
 
     seconds: dict[Any, list[list[float]]] = {name: [] for name in [*forms, *arms]}
     movers = alone | {name: arm for name, (_, arm) in arms.items()}
@@ -197,18 +208,17 @@ def costs(problem: run.Problem, settings: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "base_bytes": sum(x.nbytes for x in jax.tree.leaves(problem.params))}
 
 
+CURVES = ["dtype", "members", "steps", "largest loss", "largest difference"]
+HELD = ["compilations", "alone", "their seconds", "alone", "MB", "alone, in turn", "alone, at once"]
+TIMES = ["GFLOP a step", "alone", "ms a member", "alone", "wall, over alone", "processor, over alone"]
+
+
 def texts(record: dict[str, Any]) -> dict[str, str]:
-    curves = [
-        [
-            kind,
-            str(x["members"]),
-            str(x["steps"]),
-            f"{x['largest_loss']:.2f}",
-            f"{x['largest_difference']:.1e}",
-        ]
-        for kind, x in record["curves"].items()
-    ]
-    held, times = [], []
+    """The README's tables, by the names of their places."""
+    compared, held, times = [], [], []
+    for x in record["curves"].values():
+        figures = [f"{x['largest_loss']:.2f}", f"{x['largest_difference']:.1e}"]
+        compared.append([x["dtype"], str(x["members"]), str(x["steps"]), *figures])
     for x in record["costs"]["rows"]:
         one, each, name = x["together"], x["apart"], [x["stack"], str(x["members"])]
         seconds = [f"{y['compile_seconds']:.0f}" for y in (one, each)]
@@ -217,36 +227,10 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
         ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*x[clock]) for clock in ("wall", "processor")]
         pairs = [f"{y['gflop']:.1f}" for y in (one, each)] + [f"{y['milliseconds']:.0f}" for y in (one, each)]
         times.append([*name, *pairs, *ratios])
-    head = ["one run of", "members"]
     return {
-        "curves": tables.markdown(
-            ["dtype", "members", "steps", "largest loss", "largest difference"], curves
-        ),
-        "held": tables.markdown(
-            [
-                *head,
-                "compilations",
-                "alone",
-                "their seconds",
-                "alone",
-                "MB",
-                "alone, in turn",
-                "alone, at once",
-            ],
-            held,
-        ),
-        "times": tables.markdown(
-            [
-                *head,
-                "GFLOP a step",
-                "alone",
-                "ms a member",
-                "alone",
-                "wall, over alone",
-                "processor, over alone",
-            ],
-            times,
-        ),
+        "curves": tables.markdown(CURVES, compared),
+        "held": tables.markdown(["one run of", "members", *HELD], held),
+        "times": tables.markdown(["one run of", "members", *TIMES], times),
     }
 
 
@@ -263,16 +247,22 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     given = vars(parser.parse_args(arguments))
     out = given.pop("out")
     settings |= {name: value for name, value in given.items() if value is not None}
-    forms, found = [*FORMS[:6], *MLP], {}
+    command, folder = (
+        shlex.join(["python", "-m", "experiments.which.sharing", *arguments]),
+        out / "sharing_run",
+    )
+    parts = [("float32", compare, "float32"), ("float64", compare, "float64"), ("costs", measure, "float32")]
+    made = [
+        cells.Cell(folder / f"{name}.json", {"settings": settings}, functools.partial(part, settings, dtype))
+        for name, part, dtype in parts
+    ]
     try:
-        for dtype, wide in (("float32", False), ("float64", True)):
-            with jax.enable_x64(wide):
-                found[dtype] = curves(open_problem(settings, dtype), settings, forms)
-        measured = costs(open_problem(settings, "float32"), settings)
+        cells.run_cells(made, command)
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
-    command = shlex.join(["python", "-m", "experiments.which.sharing", *arguments])
-    record = provenance(command, ("tokenizers",)) | {"settings": settings, "curves": found, "costs": measured}
+    *found, measured = (json.loads(cell.path.read_text())["result"] for cell in made)
+    record = provenance(command, ("tokenizers",)) | {"settings": settings}
+    record |= {"curves": {x["dtype"]: x for x in found}, "costs": measured}
     cells.write(out / "sharing.json", record)
     tables.publish(texts(record), out)
     return record
