@@ -11,6 +11,7 @@ import re
 
 import nbformat
 import pytest
+from newest import newest
 
 from experiments.notebooks import execute
 
@@ -22,6 +23,7 @@ def kept():
     return nbformat.read(execute.HERE / "quickstart.ipynb", as_version=4)
 
 
+@newest
 @pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 def test_a_run_gives_the_kept_outputs(path):
     """That a cell raises, or that it warns, fails as well."""

@@ -51,7 +51,7 @@ def test_any_dimension_numbers_and_axis_splits(program):
     assert check(program, WAY).refused is None
 
 
-@settings(SHORT, max_examples=25)
+@settings(SHORT, max_examples=25 if REFERENCE else 8)
 @given(programs(), st.booleans())
 def test_programs(program, jitted):
     note(str(program))
