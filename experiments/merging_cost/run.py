@@ -595,6 +595,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             )
             for axis, lines, styles in zip(row, curves, keys, strict=True):
                 for y, (style, _) in zip(lines, styles, strict=True):
+                    if axis is row[1]:  # no logarithm of a difference that is zero
+                        y = [v or math.nan for v in y]
                     axis.plot(x, y, style, color=colour, linewidth=1.3)
         reference = next(iter(result["dtypes"].values()))
         effect = sorted((one["size"], one["effect"]["rms"]) for one in reference)
@@ -654,11 +656,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with jax.default_matmul_precision("highest"):  # else a GPU would compute float32 in less
             for name in names:
                 short = name.rstrip("/").split("/")[-1]
-                found = study(name, settings, given.out / f"{short}_run")
+                found = study(name, settings, given.out / f"{short}_run") | {"model": short}
                 made = provenance(command, ("tokenizers", "grain", "matplotlib"))
                 text = json.dumps(made | {"settings": settings} | found, indent=1)
                 (given.out / f"{short}.json").write_text(text + "\n")
-                results.append(found | {"model": short})
+                results.append(found)
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
     draw(results, given.out / "merging_cost.png")
