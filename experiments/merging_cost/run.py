@@ -262,7 +262,7 @@ class Runner:
         if narrow := sorted(set(re.findall(r"\b(f32|bf16|f16)\[", program))):
             raise DataError(
                 f"a float64 model computes in {', '.join(narrow)} inside and cannot tell the truth; where "
-                "its code asks for float32, write jnp.promote_types(dtype, jnp.float32)."
+                "its code asks for float32, write np.promote_types(dtype, np.float32)."
             )
 
     def unmerged(self, dtype: str, wrapped: Any) -> np.ndarray:
@@ -503,8 +503,12 @@ def costs_table(results: Sequence[dict[str, Any]]) -> str:
     ]
     for result in results:
         for dtype, found in result["dtypes"].items():
-            near = [min(found[:-1], key=lambda x, size=size: abs(x["size"] - size)) for size in EARLIER]
-            for one in [*near, found[-1]]:
+            near = {
+                one["size"]: one
+                for size in EARLIER
+                for one in [min(found[:-1], key=lambda x, size=size: abs(x["size"] - size))]
+            }
+            for one in [*near.values(), found[-1]]:
                 reported = one["check_merge"]
                 size = number(one["size"])
                 lines.append(
@@ -661,7 +665,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 text = json.dumps(made | {"settings": settings} | found, indent=1)
                 (given.out / f"{short}.json").write_text(text + "\n")
                 results.append(found)
-    except DataError as error:
+    except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     draw(results, given.out / "merging_cost.png")
     if given.out.resolve() == HERE / "results":
