@@ -69,27 +69,23 @@ def assert_texts_are_recorded(name, folder, scan, num_beams, ngram):
 
 
 # Of the fifteen that are recorded; each has three penalties and two or three ends.
-@pytest.mark.parametrize(("num_beams", "ngram"), some([(3, 2), (1, 0), (2, 3), (4, 0), (5, 2), (5, 3)]))
+@pytest.mark.parametrize(("num_beams", "ngram"), some([(3, 2), (1, 0), (4, 0), (5, 3)]))
 def test_texts_are_those_of_transformers(num_beams, ngram):
     assert_texts_are_recorded("qwen2_tiny", QWEN, num_beams % 2 == 0, num_beams, ngram)
 
 
-@pytest.mark.parametrize(
-    ("max_new", "num_beams", "ngram"), some([(1, 4, 2), (1, 1, 0), (5, 1, 3), (5, 5, 0)])
-)
+@pytest.mark.parametrize(("max_new", "num_beams", "ngram"), some([(1, 4, 2), (5, 1, 3)]))
 def test_short_texts_are_those_of_transformers(max_new, num_beams, ngram):
     assert_texts_are_recorded(f"qwen2_tiny_{max_new}", QWEN, False, num_beams, ngram)
 
 
 @needs_data
-@pytest.mark.parametrize(("num_beams", "ngram"), some([(2, 2), (5, 3)]))
-def test_texts_of_stories260k_are_those_of_transformers(num_beams, ngram):
-    assert_texts_are_recorded("stories260K", STORIES, True, num_beams, ngram)
+def test_texts_of_stories260k_are_those_of_transformers():
+    assert_texts_are_recorded("stories260K", STORIES, True, num_beams=5, ngram=3)
 
 
-@pytest.mark.parametrize("num_beams", some([3, 1]))
 @newest
-def test_any_of_several_ends_ends_a_text(num_beams):
+def test_any_of_several_ends_ends_a_text(num_beams=3):
     expected = RECORDED["qwen2_tiny/several"][num_beams - 1]
     prompts = [[int(token) for token in row if token >= 0] for row in RECORDED["qwen2_tiny/prompts"]]
     ends = tuple(RECORDED["qwen2_tiny/ends"][:2].tolist())
@@ -133,9 +129,8 @@ def test_a_row_that_has_ended_stays_ended():
         assert (after[stop:] == end).all()
 
 
-@pytest.mark.parametrize("n", some([2, 1, 3]))
 @newest
-def test_no_ngram_comes_twice(n):
+def test_no_ngram_comes_twice(n=2):
     found = text(generate.greedy, PROMPTS, max_new=24, eos_id=-1, no_repeat_ngram_size=n)
     for prompt, new in zip(PROMPTS, found, strict=True):
         row = [*prompt, *new.tolist()]
@@ -143,10 +138,10 @@ def test_no_ngram_comes_twice(n):
         assert len(set(grams)) == len(grams)
 
 
-@pytest.mark.parametrize("scan", some([True, False]), ids=lambda scan: "scanned" if scan else "unrolled")
 @pytest.mark.parametrize(
-    ("fn", "settings"),
-    [(generate.greedy, {}), (generate.beam, {"num_beams": 3, "no_repeat_ngram_size": 2})],
+    ("fn", "settings", "scan"),
+    [(generate.greedy, {}, False), (generate.beam, {"num_beams": 3, "no_repeat_ngram_size": 2}, True)],
+    ids=["greedy-unrolled", "beam-scanned"],
 )
 def test_a_wrapped_tree_gives_the_text_of_the_merged_one(fn, settings, scan):
     model, params = model_of(QWEN, scan)
@@ -287,6 +282,7 @@ def test_a_row_without_a_valid_token_is_refused(short):
 
 
 @newest
+@pytest.mark.parametrize("short", [generate.beam], indirect=True, ids=["beam"])
 def test_valid_may_be_a_mask_of_integers_and_nothing_else(short):
     prompts, valid = pad(PROMPTS)
     fn = jax.jit(short)

@@ -23,10 +23,11 @@ from experiments.models import bert, generate, llama
 DATA = os.environ.get("LORA_JAX_DATA")
 D, LAYERS, VOCAB, R, BOTTLENECK, PREFIX = 8, 2, 20, 2, 5, 4
 HEADS = {"bert": "classifier", "llama": "lm_head"}
-# Whatever its dtype, Llama's norms, positions and scores are float32.
-BOUNDS = {"bert": 1e-12, "llama": 1e-5}
+BOUND = 1e-12
 SETTINGS = {"rank": R, "bottleneck": BOTTLENECK, "prefix": PREFIX}
 PAIRS = [(kind, way) for way in methods.WAYS for kind in HEADS]
+# What is computed, for every way on one of the two: compiling takes the time.
+IN_TURN = [(list(HEADS)[i % 2], way) for i, way in enumerate(methods.WAYS)]
 TOKENS = jnp.asarray([[3, 9, 4, 1, 7], [5, 2, 8, 0, 0]], jnp.int32)
 VALID = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
 
@@ -212,17 +213,17 @@ def base_outputs(kind):
     return outputs(model.apply({"params": params}, TOKENS, VALID))
 
 
-@pytest.mark.parametrize(("kind", "way"), PAIRS)
+@pytest.mark.parametrize(("kind", "way"), IN_TURN)
 def test_ways_start_as_the_base_but_for_prefixes(kind, way):
     start = prepared(kind, way)
     out, base = outputs(lora_jax.lora(start.apply)(start.wrapped, TOKENS, VALID)), base_outputs(kind)
     if "prefix" in way:
         assert np.abs(out - base).max() > 0.01
     else:
-        close(out, base, BOUNDS[kind])
+        close(out, base, BOUND)
 
 
-@pytest.mark.parametrize(("kind", "way"), PAIRS)
+@pytest.mark.parametrize(("kind", "way"), IN_TURN)
 def test_gradients_reach_all_that_is_trained(kind, way):
     way = prepared(kind, way)
     trainable, frozen = lora_jax.partition(way.wrapped)
@@ -240,7 +241,7 @@ def test_gradients_reach_all_that_is_trained(kind, way):
 FULL = {"full": r".*", "head": "(?!)", "bitfit": r".*/bias"}
 
 
-@pytest.mark.parametrize(("kind", "way"), [(kind, way) for way in FULL for kind in HEADS])
+@pytest.mark.parametrize(("kind", "way"), [("llama", "full"), ("bert", "head"), ("bert", "bitfit")])
 def test_training_in_full_equals_optax_by_hand(kind, way):
     (model, params), prepared_way = drawn(kind, 1), prepared(kind, way, 1)
     tx = optax.sgd(0.1, momentum=0.9)  # Adam would divide a gradient that is rounding by its own size
@@ -272,7 +273,7 @@ def test_training_in_full_equals_optax_by_hand(kind, way):
         ours, opt_state = by_hand(jax.grad(whole)(ours, batch), opt_state, ours)
     for path, leaf in flatten_dict(state.wrapped, sep="/").items():
         if path in ours:
-            close(leaf.value, ours[path], BOUNDS[kind])
+            close(leaf.value, ours[path], BOUND)
             assert np.abs(ours[path] - every[path]).max() > 0 or blind(kind, path)
         else:
             assert leaf is every[path]
@@ -379,8 +380,8 @@ def test_a_new_prefix_is_the_tokens_it_was_made_from():
     with_front = [jnp.concatenate(x, 1) for x in ((front, tokens), (jnp.ones_like(front, bool), valid))]
     real = np.asarray(jax.jit(model.apply)({"params": params}, *with_front)[:, PREFIX:])
     whole = jax.jit(lora_jax.lora(way.apply))(way.wrapped, tokens, valid)
-    close(whole[valid], real[valid], BOUNDS["llama"])
-    close(jax.jit(lora_jax.lora(way.within(by_cache)))(way.wrapped), real[last], BOUNDS["llama"])
+    close(whole[valid], real[valid], BOUND)
+    close(jax.jit(lora_jax.lora(way.within(by_cache)))(way.wrapped), real[last], BOUND)
 
 
 def test_generation_goes_on_from_a_prefix():
@@ -421,10 +422,10 @@ def test_scanned_layers_have_their_own_additions(kind, way):
     fresh = lora_jax.merge(scanned.wrapped)
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, stacked(tree, kind))
     if way == "prefix":  # it begins without a draw of its own: as what flows
-        jax.tree.map(functools.partial(close, bound=BOUNDS[kind]), fresh, stacked(tree, kind))
+        jax.tree.map(functools.partial(close, bound=BOUND), fresh, stacked(tree, kind))
     tree = noisy(tree, 6)
     out = jax.jit(scanned.apply)(stacked(tree, kind), TOKENS, VALID)
-    close(outputs(out), outputs(unrolled.apply(tree, TOKENS, VALID)), BOUNDS[kind])
+    close(outputs(out), outputs(unrolled.apply(tree, TOKENS, VALID)), BOUND)
 
 
 def test_half_a_precision_is_trained_in_float32():

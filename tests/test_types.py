@@ -33,6 +33,8 @@ def is_model(case):
 
 
 ROWS = [case for case in CASES if case.name != "cast"]  # which computes in float64 by its own doing
+# Operation by operation nothing is fused, so every third row, in the dtype whose rounding is coarse, will do.
+EAGER = [case for case in ROWS if not is_model(case)][::3]
 
 
 @pytest.mark.parametrize("case", ROWS, ids=repr)
@@ -63,8 +65,7 @@ def test_values_are_those_of_the_bare_function_while_b_is_zero(case, dtype):
 
     with contextlib.nullcontext() if case.name in FUSED else optimized():
         compare(jax.jit)
-        # Operation by operation nothing is fused, so what holds where rounding is coarse holds in float32.
-        if dtype == jnp.bfloat16 and not is_model(case):
+        if dtype == jnp.bfloat16 and case in EAGER:
             compare(lambda f: f)
 
 

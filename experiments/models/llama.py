@@ -229,9 +229,10 @@ def _frequencies(config: LlamaConfig) -> np.ndarray:
 
 def rotate(x: jax.Array, positions: jax.Array, config: LlamaConfig) -> jax.Array:
     """Rotary position embedding of x (batch, length, heads, head_dim), halves paired."""
-    angle = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(_frequencies(config))
+    wide = np.promote_types(x.dtype, np.float32)
+    angle = positions.astype(wide)[:, :, None, None] * jnp.asarray(_frequencies(config), wide)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
@@ -242,9 +243,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        # As transformers rounds: the statistics in float32, then the scale in the model's dtype.
+        # As transformers rounds: the statistics in float32 or wider, then the scale in the model's dtype.
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(jnp.float32)
+        wide = x.astype(np.promote_types(self.dtype, np.float32))
         wide *= lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return scale * wide.astype(self.dtype)
 
@@ -274,8 +275,9 @@ class Attention(nn.Module):
             )
         q = q.reshape(*x.shape[:2], *groups, c.head_dim)
         # Queries before groups, as the product comes out: no transpose of anything quadratic.
-        scores = jnp.einsum("btkgd,bskd->bktgs", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, :, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+        wide = np.promote_types(self.dtype, np.float32)
+        scores = jnp.einsum("btkgd,bskd->bktgs", q, k, preferred_element_type=wide)
+        scores = jnp.where(mask[:, None, :, None], scores * c.head_dim**-0.5, jnp.finfo(wide).min)
         weights = jax.nn.softmax(scores).astype(self.dtype)
         y = jnp.einsum("bktgs,bskd->btkgd", weights, v)
         y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
