@@ -43,6 +43,9 @@ IMPOSSIBLE = {("nnx_stacked", "vmap"), ("nnx_stacked_behind", "vmap")} | {
 REFUSED_INSIDE = {("cond", "vmap")}
 
 
+EAGER = CASES[::2]
+
+
 def ways(case):
     """A scan of the rematerialised function has what jit has: the older versions of jax run that alone."""
     if not NEWEST:
@@ -50,6 +53,8 @@ def ways(case):
     # The models' operations are rows of their own; eagerly the models are in test_types.
     model = case.name.startswith(("linen", "nnx"))
     names = ["vmap", "scan of remat"] if model else list(TRANSFORMS)
+    if case not in EAGER and not model:  # jit interprets what an eager call does
+        names.remove("eager")
     return [name for name in names if (case.name, name) not in IMPOSSIBLE]
 
 
