@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -78,6 +80,14 @@ def _download(name: str, url: str, sha256: str) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def paper() -> dict[str, Any]:
+    """The paper's numbers, by table."""
+    folder = data_folder()
+    if folder is None or not (path := folder / "paper" / "lora_paper.json").is_file():
+        raise DataError("set LORA_JAX_DATA to a folder that holds paper/lora_paper.json")
+    return json.loads(path.read_text())
 
 
 def find_model(name: str) -> Path:

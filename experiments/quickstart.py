@@ -32,7 +32,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 import lora_jax
-from experiments.report import provenance
+from experiments.records import provenance
 
 try:
     from matplotlib.figure import Figure

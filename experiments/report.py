@@ -1,4 +1,4 @@
-"""What every result file says about how it was made, and all results on one page.
+"""All results on one page.
 
     python -m experiments.report            writes experiments/REPORT.md
     python -m experiments.report --check    says whether that page is what the results give
@@ -17,51 +17,16 @@ import contextlib
 import difflib
 import io
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
+from experiments.records import markdown
 
 HERE = Path(__file__).parent
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def provenance(command: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The command, the commit it ran at, versions and the kind of machine."""
-    return {
-        "command": command,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in (*PACKAGES, *packages)},
-        "machine": {
-            "platform": f"{platform.system()} {platform.machine()}",
-            "cpus": os.cpu_count(),
-            "devices": sorted({f"{device.platform}: {device.device_kind}" for device in jax.devices()}),
-        },
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-# --- The page ------------------------------------------------------------------------------------------
-
 Record = dict[str, Any]
 
 
@@ -156,12 +121,6 @@ def seeds_of(record: Record) -> set[int]:
 
     walk(record)
     return found
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; the first columns are words and the others are figures."""
-    lines = [head, ["---" if i < words else "---:" for i in range(len(head))], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -481,7 +440,7 @@ def plans(*records: Record) -> Found:
         "fits",
         "operations over the floor",
     ]
-    return Found(table(head, rows, words=3), points)
+    return Found(markdown(head, rows, words=3), points)
 
 
 def _figures(text: str) -> list[str]:
@@ -535,7 +494,7 @@ def crossing(record: Record) -> Found:
         f"{results['largest_difference']:.1e}, from {results['curves']['PEFT'][0]:.2f} down to "
         f"{results['curves']['PEFT'][-1]:.2f}."
     )
-    return Found(table(head, rows), remark=remark)
+    return Found(markdown(head, rows), remark=remark)
 
 
 def step(record: Record, paper: Record) -> Found:
@@ -588,7 +547,7 @@ def programs(record: Record) -> Found:
         "largest relative difference is "
         f"{record['largest_relative_difference']:.1e}, where {record['tolerance']:g} is allowed."
     )
-    return Found(table(["refused at", "of the programs"], rows), remark=remark)
+    return Found(markdown(["refused at", "of the programs"], rows), remark=remark)
 
 
 def meshes(record: Record) -> Found:
@@ -599,7 +558,7 @@ def meshes(record: Record) -> Found:
         f"{record['curves']} curves of {record['steps']} steps are within the bound of a single device's in "
         f"{held} of {len(bounds)} dtypes."
     )
-    return Found(table(["dtype", "largest relative difference", "bound"], rows), remark=remark)
+    return Found(markdown(["dtype", "largest relative difference", "bound"], rows), remark=remark)
 
 
 def kills(record: Record) -> Found:
@@ -610,7 +569,7 @@ def kills(record: Record) -> Found:
         f"of one never killed bit for bit; a kill lost {record['lost_steps']['mean']:g} steps in the mean, "
         f"with a save every {record['save_every']}."
     )
-    return Found(table(["killed", "times"], rows), remark=remark)
+    return Found(markdown(["killed", "times"], rows), remark=remark)
 
 
 def mutations(record: Record) -> Found:
@@ -622,7 +581,7 @@ def mutations(record: Record) -> Found:
         f"Of {record['cases']:,} damaged adapters {len(record['failures'])} end otherwise than in an error "
         "or in what the bytes say."
     )
-    return Found(table(["damage", "refused", "loaded as the bytes say", "failed"], rows), remark=remark)
+    return Found(markdown(["damage", "refused", "loaded as the bytes say", "failed"], rows), remark=remark)
 
 
 DATA = "LORA_JAX_DATA=path/to/data "
@@ -823,7 +782,7 @@ def page(root: Path) -> str:
             + "".join(f"- {origin(record)}\n" for record in records)
             + (f"\n[{readme}]({readme})\n" if (root / readme).exists() else "")
         )
-    text = HEAD + "\n" + table(["", "beside the paper"], overview, words=2)
+    text = HEAD + "\n" + markdown(["", "beside the paper"], overview, words=2)
     if missing:
         text += f"\nNot here, since their results have not been made:\n\n{''.join(missing)}"
     return text + "".join(parts)

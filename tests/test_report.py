@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from experiments import report
+from experiments import records, report
 
 PAGE = (report.HERE / "REPORT.md").read_text()
 
@@ -57,11 +57,29 @@ def test_commands_and_folders_exist(section):
     assert (report.HERE / section.folder).is_dir()
 
 
-def test_other_modules_import_this_one_cheaply():
-    body = ast.parse((report.HERE / "report.py").read_text()).body
+def test_every_command_imports_the_records_cheaply():
+    body = ast.parse((report.HERE / "records.py").read_text()).body
     names = [n.name for x in body if isinstance(x, ast.Import) for n in x.names]
     names += [x.module for x in body if isinstance(x, ast.ImportFrom)]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "jax"}
+
+
+def test_texts_are_put_into_their_places(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\n<!-- end of y -->")
+    records.fill(readme, {"y": "new\n", "x": records.markdown(["", "n", "note"], [["a", "1", ""]], notes=1)})
+    whole = (
+        "a\n<!-- x -->\n|  | n | note |\n| --- | ---: | --- |\n| a | 1 |  |\n<!-- end of x -->\n"
+        "b\n<!-- y -->\nnew\n<!-- end of y -->"
+    )
+    assert readme.read_text() == whole
+    for wrong in ("<!-- z -->\n", "<!-- end of z -->\n<!-- z -->\n", "<!-- end of z -->"):
+        readme.write_text(whole + wrong)
+        with pytest.raises(
+            ValueError, match="README.md has no place for z; write <!-- z --> and below it <!--"
+        ):
+            records.fill(readme, {"x": "", "z": ""})
+        assert readme.read_text() == whole + wrong
 
 
 def test_check_shows_what_differs(tmp_path, monkeypatch, capsys):
@@ -82,7 +100,9 @@ def test_check_shows_what_differs(tmp_path, monkeypatch, capsys):
 
 
 def test_provenance_and_the_line_it_gives():
-    made = report.provenance("python -m experiments.x --seed 7", ("optax",)) | {"settings": {"seeds": [3, 4]}}
+    made = records.provenance("python -m experiments.x --seed 7", ("optax",)) | {
+        "settings": {"seeds": [3, 4]}
+    }
     assert made["versions"]["optax"]
     line = report.origin(made)
     assert line.startswith("`python -m experiments.x --seed 7`; commit `")

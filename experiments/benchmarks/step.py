@@ -25,6 +25,7 @@ from tqdm import tqdm
 import lora_jax
 from experiments.benchmarks import tables
 from experiments.benchmarks.model import GPT, LINEAR_PER_BLOCK, next_token_loss
+from experiments.records import markdown
 
 QWIX_INSTALL = "pip install qwix==0.1.8"
 SIZES = {
@@ -300,10 +301,10 @@ def as_text(result: dict[str, Any]) -> str:
         "over floor",
         "processor time, over floor",
     ]
-    methods = tables.table(header, [row(name, x) for name, x in result["methods"].items()])
+    methods = markdown(header, [row(name, x) for name, x in result["methods"].items()])
     missing = "" if "qwix" in result["methods"] else f"\n\nWithout qwix; `{QWIX_INSTALL}` adds it."
     return (
-        "\n\n".join([tables.requirements_table(result["requirements"]), methods, tables.origin(result)])
+        "\n".join([tables.requirements_table(result["requirements"]), methods, tables.origin(result)])
         + missing
     )
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from experiments.report import provenance
+from experiments.records import fill, markdown, provenance
 
 HERE = Path(__file__).parent
 
@@ -54,18 +54,12 @@ def _processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text and the others are figures."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def requirements_table(requirements: Iterable[dict[str, Any]]) -> str:
     def row(r: dict[str, Any]) -> list[str]:
         limit = ["", ""] if r["limit"] is None else [f"{r['limit']:g}", "yes" if r["met"] else "**no**"]
         return [r["name"], f"{r['value']:.3f}", *limit]
 
-    return table(["held to", "measured", "at most", "met"], map(row, requirements))
+    return markdown(["held to", "measured", "at most", "met"], map(row, requirements))
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -84,9 +78,6 @@ def save(result: dict[str, Any], out: Path, text: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     readme = HERE / "README.md"
-    begin, end = f"<!-- {out.name} -->\n", f"<!-- end of {out.name} -->"
-    if out.resolve().parent == HERE / "results" and begin in (old := readme.read_text()):
-        before, rest = old.split(begin, 1)
-        after = rest.split(end, 1)[1]
-        readme.write_text(f"{before}{begin}{text}\n{end}{after}")
+    if out.resolve().parent == HERE / "results" and f"<!-- {out.name} -->\n" in readme.read_text():
+        fill(readme, {out.name: f"{text}\n"})
     print(f"\n{text}\n\nwritten to {out}")

@@ -30,6 +30,7 @@ from experiments.benchmarks.model import (
     init_functions,
     next_token_loss,
 )
+from experiments.records import markdown
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 STAGES = ("trace", "lower", "compile")
@@ -228,8 +229,8 @@ def as_text(result: dict[str, Any]) -> str:
     header = ["variant", *(f"{stage}, {arm} (s)" for stage in STAGES for arm in ARMS)]
     header += [f"{what}, ratio (range); of processor time" for what in ("trace and lower", "compile")]
     rows = [row(name, x) for name, x in result["variants"].items()]
-    parts = [tables.requirements_table(result["requirements"]), tables.table(header, rows)]
-    return "\n\n".join([*parts, tables.origin(result)])
+    parts = [tables.requirements_table(result["requirements"]), markdown(header, rows)]
+    return "\n".join([*parts, tables.origin(result)])
 
 
 if __name__ == "__main__":

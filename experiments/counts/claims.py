@@ -32,8 +32,8 @@ import optax
 
 import lora_jax
 from experiments.counts import run, shapes
-from experiments.data import data_folder
-from experiments.report import provenance
+from experiments.data import DataError, paper
+from experiments.records import fill, markdown, provenance
 
 RESULT = run.HERE / "results" / "claims.json"
 PLAN = run.HERE.parent / "plan" / "results" / "gpt3-175b-v5p-2x2x4.json"
@@ -423,13 +423,12 @@ def here(row: dict[str, Any]) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = [["claim", "where", "published", "here", "agrees", "note"]]
-    lines.append(["---", "---", "---:", "---:", "---", "---"])
+    head, lines = ["claim", "where", "published", "here", "agrees", "note"], []
     for row in rows:
         verdict = "yes" if row["agrees"] else "**no**"
         lines.append([row["claim"], row["section"], row["published"], here(row), verdict, row["note"]])
     count = sum(row["agrees"] for row in rows)
-    return f"{count} of {len(rows)} agree.\n\n" + "".join("| " + " | ".join(x) + " |\n" for x in lines)
+    return f"{count} of {len(rows)} agree.\n\n" + markdown(head, lines, words=2, notes=2)
 
 
 def changed(rows: Sequence[dict[str, Any]], recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -451,13 +450,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULT, help="%(default)s")
     options = parser.parse_args(arguments)
-    folder = data_folder()
-    if folder is None or not (folder / "paper" / "lora_paper.json").is_file():
-        parser.error("set LORA_JAX_DATA to a folder that holds paper/lora_paper.json")
-    data = json.loads((folder / "paper" / "lora_paper.json").read_text())
     try:
+        data = paper()
         rows = [row(claim, data) for claim in claims()]
-    except KeyError as error:
+    except (DataError, KeyError) as error:
         parser.error(error.args[0])
     recorded = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     if different := changed(rows, recorded):
@@ -468,10 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     text = table(rows)
     if options.out.resolve() == RESULT:
-        readme = run.HERE / "README.md"
-        before, rest = readme.read_text().split("<!-- claims -->\n", 1)
-        after = rest.split("<!-- end of claims -->", 1)[1]
-        readme.write_text(f"{before}<!-- claims -->\n{text}<!-- end of claims -->{after}")
+        fill(run.HERE / "README.md", {"claims": text})
     print(text, end="")
     return 0
 

@@ -23,10 +23,10 @@ import jax
 
 import lora_jax
 from experiments.counts import shapes
-from experiments.data import data_folder
+from experiments.data import DataError, paper
 from experiments.models import bert, gpt2
 from experiments.plan import models as plan
-from experiments.report import provenance
+from experiments.records import fill, markdown, provenance
 
 HERE = Path(__file__).parent
 # RoBERTa's totals in the file are those of a classifier of MNLI's three classes, BERT's of the encoder.
@@ -108,19 +108,18 @@ def same(row: dict[str, Any]) -> bool:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     head = ["model", "adapted", "rank", "trained here", "published", "of", "note"]
-    lines = [head, ["---", "---", "---:", "---:", "---:", "---:", "---"]]
+    lines = []
     for row in rows:
         total = f"{row['counted']['total']:,}" if "total" in row else ""
         trained = f"{row['counted']['trainable']:,}" + ("" if same(row) else " (!)")
         note = row.get("note", "")
         lines.append([row["model"], row["targets"], str(row["rank"]), trained, row["published"], total, note])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown(head, lines, words=2, notes=1)
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
+def rows_of() -> list[dict[str, Any]]:
     """The rows of the data folder's file, and the one that it has not."""
-    data = json.loads((folder / "paper" / "lora_paper.json").read_text())
-    return [*data["parameter_counts"], FROM_SCRATCH]
+    return [*paper()["parameter_counts"], FROM_SCRATCH]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,19 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "counts.json", help="%(default)s")
     options = parser.parse_args(arguments)
-    folder = data_folder()
-    if folder is None or not (folder / "paper" / "lora_paper.json").is_file():
-        parser.error("set LORA_JAX_DATA to a folder that holds paper/lora_paper.json")
-    rows = [count(row) for row in rows_of(folder)]
+    try:
+        rows = [count(row) for row in rows_of()]
+    except DataError as error:
+        parser.error(str(error))
     result = {**provenance("python -m experiments.counts.run"), "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     text = table(rows)
-    readme = HERE / "README.md"
     if options.out.resolve().parent == HERE / "results":
-        before, rest = readme.read_text().split("<!-- counts -->\n", 1)
-        after = rest.split("<!-- end of counts -->", 1)[1]
-        readme.write_text(f"{before}<!-- counts -->\n{text}<!-- end of counts -->{after}")
+        fill(HERE / "README.md", {"counts": text})
     print(text, end="")
     wrong = [row["model"] for row in rows if not same(row)]
     if wrong:

@@ -26,7 +26,7 @@ import lora_jax
 from experiments.data import find_model
 from experiments.e2e_nlg import data
 from experiments.models import llama
-from experiments.report import provenance
+from experiments.records import provenance
 from lora_jax import names, peft
 
 HERE = Path(__file__).parent

@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 import lora_jax
 from experiments import methods
-from experiments.data import DataError, data_folder, find_model
+from experiments.data import DataError, find_model, paper
 from experiments.e2e_nlg import data, metrics, run
 from experiments.e2e_nlg.run import setting
-from experiments.glue.cells import Cell, run_cells, write
+from experiments.glue.cells import Cell, run_cells
 from experiments.models import generate, llama
-from experiments.report import provenance
+from experiments.records import fill, markdown, provenance, write
 
 HERE = Path(__file__).parent
 
@@ -455,11 +455,10 @@ PAPER = {
 
 def paper_rows() -> dict[str, dict[str, float]] | None:
     """The figures of Table 3 by way, where the data folder has them."""
-    folder = data_folder()
-    path = None if folder is None else folder / "paper" / "lora_paper.json"
-    if path is None or not path.is_file():
+    try:
+        table = paper()["table3_e2e"]
+    except DataError:
         return None
-    table = json.loads(path.read_text())["table3_e2e"]
     return {way: dict(zip(table["columns"], table[name], strict=True)) for way, name in PAPER.items()}
 
 
@@ -486,8 +485,7 @@ def shown(name: str, found: dict[str, Any]) -> str:
 def tables(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     ways, names = record["ways"], list(metrics.METRICS)
-    lines = [["way", "trained", "learning rate", "validation loss", *names, "ms per step"]]
-    lines.append(["---", *["---:"] * (len(names) + 4)])
+    head, lines = ["way", "trained", "learning rate", "validation loss", *names, "ms per step"], []
     for way, row in ways.items():
         loss, rate = row["validation_loss"], row["learning_rate"]
         lines.append(
@@ -500,24 +498,19 @@ def tables(record: dict[str, Any]) -> str:
                 f"{1e3 * row['seconds_per_step']:.0f}" if row["seconds_per_step"] else "",
             ]
         )
-    text = _markdown(lines)
+    text = markdown(head, lines)
     if compared := {way: row for way, row in ways.items() if "minus_full" in row["metrics"][names[0]]}:
-        lines = [["minus full fine-tuning", *names], ["---", *["---:"] * len(names)]]
+        lines = []
         for way, row in compared.items():
             cells = (shown(name, row["metrics"][name]["minus_full"]) for name in names)
             lines.append([NAMES.get(way, way), *cells])
-        text += "\n" + _markdown(lines)
-    if paper := record["paper"]:
-        columns = list(next(iter(paper.values())))
-        lines = [["the paper, GPT-2 medium", *columns], ["---", *["---:"] * len(columns)]]
-        of_ways = {way: row for way, row in paper.items() if way in ways}
-        lines += [[NAMES[way], *(f"{row[name]:g}" for name in columns)] for way, row in of_ways.items()]
-        text += "\n" + _markdown(lines)
+        text += "\n" + markdown(["minus full fine-tuning", *names], lines)
+    if theirs := record["paper"]:
+        columns = list(next(iter(theirs.values())))
+        of_ways = {way: row for way, row in theirs.items() if way in ways}
+        lines = [[NAMES[way], *(f"{row[name]:g}" for name in columns)] for way, row in of_ways.items()]
+        text += "\n" + markdown(["the paper, GPT-2 medium", *columns], lines)
     return text
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -587,11 +580,7 @@ def compare(settings: Settings, command: str) -> dict[str, Any]:
     write(out / f"{settings.name}.json", record)
     plot(record, out / f"{settings.name}.png")
     if out.resolve() == (HERE / "results").resolve() and settings.name == "compare":
-        readme = HERE / "README.md"
-        before, rest = readme.read_text().split("<!-- compare -->\n", 1)
-        after = rest.split("<!-- end of compare -->", 1)[1]
-        text = f"{before}<!-- compare -->\n{tables(record)}<!-- end of compare -->{after}"
-        readme.write_text(text)
+        fill(HERE / "README.md", {"compare": tables(record)})
     return record
 
 

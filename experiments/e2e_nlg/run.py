@@ -29,7 +29,7 @@ import lora_jax
 from experiments.data import DataError, find_model
 from experiments.e2e_nlg import data
 from experiments.models import generate, llama
-from experiments.report import provenance
+from experiments.records import provenance
 from lora_jax import checkpoint
 
 RESULTS = Path(__file__).parent / "results"

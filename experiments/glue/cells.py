@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.data import DataError
-from experiments.report import provenance
+from experiments.records import provenance, write
 
 
 class Cell(NamedTuple):
@@ -45,15 +44,6 @@ def run_cells(cells: list[Cell], command: str) -> None:
     for cell in tqdm(missing, desc="cells", unit=" cells", smoothing=0):
         record = provenance(command, ("tokenizers",)) | cell.identity | cell.make()
         write(cell.path, record)
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(x)}" for name, x in record.items())
-    part.write_text(f"{{\n{lines}\n}}\n")
-    os.replace(part, path)
 
 
 def packed(predictions: np.ndarray) -> str | list[float]:

@@ -36,10 +36,10 @@ import lora_jax
 from experiments import methods
 from experiments.data import DataError, find_model
 from experiments.glue import data, metrics
-from experiments.glue.cells import Cell, packed, run_cells, write
+from experiments.glue.cells import Cell, packed, run_cells
 from experiments.glue.table import table
 from experiments.models import bert
-from experiments.report import provenance
+from experiments.records import provenance, write
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -79,19 +79,8 @@ class Settings:
 class MeanPooled(bert.Bert):
     """The encoder, and a linear head on the mean of a row's valid hidden states."""
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        valid: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> bert.Output:
-        kinds = (self.config, self.dtype, deterministic)
-        valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
-        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = bert.Embeddings(*kinds, name="embeddings")(tokens, token_types)
-        x = bert.Encoder(*kinds, name="encoder")(x, valid)
+    @nn.nowrap
+    def heads(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> bert.Output:
         weight = valid.astype(x.dtype)[:, :, None]
         mean = jnp.sum(x * weight, axis=1) / jnp.sum(weight, axis=1)
         head = nn.Dense(self.config.num_labels, dtype=self.dtype, param_dtype=self.dtype, name="classifier")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.data import DataError, data_folder
+from experiments.data import DataError, paper
 from experiments.glue import data, metrics
-from experiments.glue.cells import unpacked, write
-from experiments.report import provenance
+from experiments.glue.cells import unpacked
+from experiments.records import fill, markdown, provenance, write
 
 # What all-MiniLM-L6-v2 was trained on, by its model card, and is tested on here.
 CONTAMINATED = {"MNLI": "all-MiniLM-L6-v2 was trained on MNLI", "QQP": "all-MiniLM-L6-v2 was trained on QQP"}
@@ -65,18 +65,9 @@ def judged(
     return row
 
 
-def paper_table(name: str) -> dict[str, list]:
-    """A table of the paper's numbers: its columns, and its rows by name."""
-    folder = data_folder()
-    path = None if folder is None else folder / "paper" / "lora_paper.json"
-    if path is None or not path.is_file():
-        raise DataError("set LORA_JAX_DATA to a folder that holds paper/lora_paper.json.")
-    return json.loads(path.read_text())[name]
-
-
 def roberta_rows() -> dict[str, dict[str, float]]:
     """Table 2's rows for RoBERTa base, in percent."""
-    table = paper_table("table2_glue")
+    table = paper()["table2_glue"]
     return {
         name: dict(zip(table["columns"], row, strict=True))
         for name, row in table.items()
@@ -134,11 +125,6 @@ def _percent(x: float, sign: str = "") -> str:
     return f"{100 * x:{sign}.1f}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "".join("| " + " | ".join(row) + " |\n" for row in [rows[0], rule, *rows[1:]])
-
-
 def report(record: dict[str, Any]) -> str:
     """The record as Markdown tables."""
     tasks, ways = record["tasks"], list(dict.fromkeys(w for t in record["tasks"].values() for w in t["ways"]))
@@ -168,14 +154,14 @@ def report(record: dict[str, Any]) -> str:
     text = (
         "Mean over the seeds, ± their standard deviation, in percent; rows are to train on / to evaluate.\n\n"
     )
-    first = [["", *columns], ["metric", *(tasks[name]["metric"] for name in tasks)]]
+    first = [["metric", *(tasks[name]["metric"] for name in tasks)]]
     first.append(["rows", *(f"{x['rows']['train']:,} / {x['rows']['evaluated']:,}" for x in tasks.values())])
     first.append(["rows cut", *("{:,} / {:,}".format(*x["rows"]["cut"]) for x in tasks.values())])
     first.append(["seeds", *seeds])
     first += [[NAMES.get(way, way), *(entry(name, way) for name in tasks)] for way in ways]
     for name, row in record["paper"].items():
         first.append([f"*the paper: {name}*", *(f"*{row[task]}*" if task in row else "" for task in tasks)])
-    text += markdown(first)
+    text += markdown(["", *columns], first)
     notes = [
         f"\\* {x}: its figures are contaminated.\n" for n, x in record["contaminated"].items() if n in tasks
     ]
@@ -187,17 +173,16 @@ def report(record: dict[str, Any]) -> str:
         "rows and seeds; bold where the interval leaves out zero.\n\n"
     )
     rest = [way for way in ways if way != "full"]
-    second = [["", *columns]]
+    second = []
     for way in rest:
         of_tasks = (difference(tasks[name]["ways"].get(way)) for name in tasks)
         second.append([NAMES.get(way, way), *of_tasks])
-    text += markdown(second)
+    text += markdown(["", *columns], second)
 
     text += f"\nWhat it takes; memory is of a step at {record['settings']['batch']} × "
     text += f"{record['settings']['length']} tokens, by the compiler.\n\n"
-    third = [
-        ["", "trained", "of these the head", "on disk", "peak memory", "seconds per step", "learning rate"]
-    ]
+    head, third = ["", "trained", "of these the head", "on disk", "peak memory"], []
+    head += ["seconds per step", "learning rate"]
     for way in ways:
         # A head of two classes, where there is one.
         name = min((n for n in tasks if way in tasks[n]["ways"]), key=lambda n: data.LABELS[n] != ("0", "1"))
@@ -212,35 +197,29 @@ def report(record: dict[str, Any]) -> str:
             [NAMES.get(way, way), f"{trained['all']:,}", f"{trained['head']:,}"]
             + [f"{row['saved_bytes'] / 1e6:,.2f} MB", peak, speed, f"{row['learning_rate']:g}"]
         )
-    text += markdown(third)
+    text += markdown(head, third)
 
     if record["ablations"]:
         text += "\nAblations, of which each differs from the table's settings in what it names.\n\n"
-        fourth = [["task", "way", "differs", "metric", "minus full fine-tuning"]]
+        fourth = []
         for row in record["ablations"]:
             name = metrics.OF_TASK[row["task"]][0]
             value = "diverged" if row["diverged"] else _percent(row["scores"][name]["mean"])
             fourth.append([row["task"], NAMES.get(row["way"], row["way"]), f"`{row['differs']}`", value])
             fourth[-1].append(difference(row))
-        text += markdown(fourth)
+        text += markdown(["task", "way", "differs", "metric", "minus full fine-tuning"], fourth)
 
     if record["sweep"]:
         text += (
             "\nThe learning rates were chosen on held-out training rows: one seed, mean of the metrics.\n\n"
         )
-        fifth = [["", "chosen", "tried"]]
+        fifth = []
         for way, row in record["sweep"].items():
             tried = ", ".join(f"{rate}: {_percent(x['mean'])}" for rate, x in row["tried"].items())
             edge = " (at the edge)" if row["at_the_edge"] else ""
             fifth.append([NAMES.get(way, way), f"{row['learning_rate']:g}{edge}", tried])
-        text += markdown(fifth)
+        text += markdown(["", "chosen", "tried"], fifth)
     return text
-
-
-def fill_in(readme: Path, text: str, mark: str = "glue.json") -> None:
-    before, rest = readme.read_text().split(f"<!-- {mark} -->\n", 1)
-    after = rest.split("<!-- end -->", 1)[1]
-    readme.write_text(f"{before}<!-- {mark} -->\n{text}<!-- end -->{after}")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -288,5 +267,5 @@ def table(config: dict[str, Any], out: Path, command: str, readme: Path | None) 
     draw(record, out / "glue.png")
     text = report(record)
     if readme is not None:
-        fill_in(readme, text)
+        fill(readme, {"glue.json": text})
     print(text, end="")

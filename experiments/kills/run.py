@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.kills.train import make_state
-from experiments.report import provenance
+from experiments.records import provenance
 from lora_jax import checkpoint
 
 HERE = Path(__file__).parent

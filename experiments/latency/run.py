@@ -33,10 +33,10 @@ from tqdm import tqdm
 import lora_jax
 from experiments import methods
 from experiments.benchmarks.step import compiler_figures
-from experiments.data import DataError, data_folder
-from experiments.glue.cells import Cell, run_cells, write
+from experiments.data import DataError, paper
+from experiments.glue.cells import Cell, run_cells
 from experiments.models import bert
-from experiments.report import provenance
+from experiments.records import fill, markdown, provenance, write
 
 HERE = Path(__file__).parent
 MINILM = bert.BertConfig(hidden_size=384, num_layers=6, intermediate_size=1536)
@@ -182,11 +182,11 @@ def over_base(cell: dict[str, Any], way: str, draws: int = 5000) -> tuple[float,
 def published(record: dict[str, Any], way: str, setting: dict[str, int]) -> float | None:
     """The paper's time of a way over that of its merged LoRA."""
     column = f"batch {setting['batch']}, len {setting['length']}"
-    paper = record["paper"]
-    if way not in PAPER or column not in paper["columns"]:
+    times = record["paper"]
+    if way not in PAPER or column not in times["columns"]:
         return None
-    i = paper["columns"].index(column)
-    return paper[PAPER[way]][i] / paper[PAPER["merged"]][i]
+    i = times["columns"].index(column)
+    return times[PAPER[way]][i] / times[PAPER["merged"]][i]
 
 
 def percent(ratio: float) -> str:
@@ -197,7 +197,7 @@ def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     head = ["batch x length", "way", "trained", "GFLOP", "over base", "GB accessed", "over base"]
     head += ["ms", "over base (95% interval)", "the paper's", "the base's program"]
-    lines = [head, ["---", "---", *["---:"] * 8, "---"]]
+    lines = []
     for cell in record["cells"]:
         setting, base = cell["setting"], cell["ways"]["base"]
         for way, x in cell["ways"].items():
@@ -217,7 +217,7 @@ def table(record: dict[str, Any]) -> str:
                 "yes" if x["program"] == base["program"] else "no",
             ]
             lines.append(line)
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown(head, lines, words=2, notes=1)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -281,10 +281,7 @@ def main(arguments: Sequence[str]) -> None:
         settings["settings"] = [{"batch": b, "length": n, "rounds": rounds} for b, n in given.settings]
     if given.rounds is not None:
         settings["settings"] = [x | {"rounds": given.rounds} for x in settings["settings"]]
-    folder = data_folder()
-    if folder is None or not (folder / "paper" / "lora_paper.json").is_file():
-        raise DataError("set LORA_JAX_DATA to a folder that holds paper/lora_paper.json")
-
+    theirs = paper()["table1_latency_ms"]
     command = shlex.join(["python", "-m", "experiments.latency.run", *arguments])
     common = {name: x for name, x in settings.items() if name != "settings"}
     work = given.out / f"{settings['model']}_run"
@@ -296,7 +293,7 @@ def main(arguments: Sequence[str]) -> None:
     run_cells(cells, command)
     record = provenance(command) | {
         "settings": settings,
-        "paper": json.loads((folder / "paper" / "lora_paper.json").read_text())["table1_latency_ms"],
+        "paper": theirs,
         "cells": [
             {name: x for name, x in json.loads(cell.path.read_text()).items() if name not in common}
             for cell in cells
@@ -306,10 +303,7 @@ def main(arguments: Sequence[str]) -> None:
     draw(record, given.out / f"{settings['model']}.png")
     text = table(record)
     if given.out.resolve() == HERE / "results":
-        readme = HERE / "README.md"
-        before, rest = readme.read_text().split("<!-- latency -->\n", 1)
-        after = rest.split("<!-- end of latency -->", 1)[1]
-        readme.write_text(f"{before}<!-- latency -->\n{text}<!-- end of latency -->{after}")
+        fill(HERE / "README.md", {"latency": text})
     print(text, end="")
 
 

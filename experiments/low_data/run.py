@@ -21,12 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.data import DataError
+from experiments.data import DataError, paper
 from experiments.glue import data, metrics
 from experiments.glue import run as glue
-from experiments.glue.cells import Cell, run_cells, write
-from experiments.glue.table import NAMES, fill_in, judged, markdown, paper_table
-from experiments.report import provenance
+from experiments.glue.cells import Cell, run_cells
+from experiments.glue.table import NAMES, judged
+from experiments.records import fill, markdown, provenance, write
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -75,7 +75,7 @@ def summarise(cells: dict[tuple, Cell], draws: int, command: str) -> dict[str, A
         "settings": some["settings"],
         "bootstrap_draws": draws,
         "tasks": tasks,
-        "paper": paper_table("table16_low_data_mnli"),
+        "paper": paper()["table16_low_data_mnli"],
     }
 
 
@@ -83,15 +83,15 @@ def report(record: dict[str, Any]) -> str:
     text = ""
     for name, task in record["tasks"].items():
         counts = [row["examples"] for row in next(iter(task["ways"].values()))]
-        rows = [[f"{name}, {task['metric']}", *(f"{count:,} examples" for count in counts)]]
-        for way, found in task["ways"].items():
-            rows.append([NAMES[way], *(_entry(row, task["metric"]) for row in found)])
-        text += markdown(rows) + "\n"
-    paper = record["paper"]
+        head = [f"{name}, {task['metric']}", *(f"{count:,} examples" for count in counts)]
+        ways = task["ways"].items()
+        rows = [[NAMES[way], *(_entry(row, task["metric"]) for row in found)] for way, found in ways]
+        text += markdown(head, rows) + "\n"
+    theirs = record["paper"]
     text += "The paper's Table 16, GPT-3 on MNLI:\n\n"
-    rows = [["", *(f"{count:,} examples" for count in paper["columns"])]]
-    rows += [[name, *map(str, row)] for name, row in paper.items() if name != "columns"]
-    return text + markdown(rows)
+    head = ["", *(f"{count:,} examples" for count in theirs["columns"])]
+    rows = [[name, *map(str, row)] for name, row in theirs.items() if name != "columns"]
+    return text + markdown(head, rows)
 
 
 def _entry(row: dict[str, Any], metric: str) -> str:
@@ -139,7 +139,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     draw(record, options.out / "low_data.png")
     text = report(record)
     if options.out.resolve() == RESULTS:
-        fill_in(HERE / "README.md", text, "low_data.json")
+        fill(HERE / "README.md", {"low_data.json": text})
     print(text, end="")
 
 

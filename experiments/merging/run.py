@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.report import provenance
+from experiments.records import fill, provenance
 from lora_jax import tensors
 
 HERE = Path(__file__).parent
@@ -218,16 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     table = text(result)
     print(table)
-    readme = HERE / "README.md"
     if options.out.resolve() == HERE / "results" / "merge.json":
-        readme.write_text(
-            re.sub(
-                r"(<!-- merge.json -->\n).*(<!-- end -->)",
-                lambda m: m[1] + table + m[2],
-                readme.read_text(),
-                flags=re.DOTALL,
-            )
-        )
+        fill(HERE / "README.md", {"merge.json": table})
     return 0 if result["held"] else 1
 
 

@@ -34,11 +34,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lora_jax
-from experiments.data import DataError, data_folder, find_model
+from experiments.data import DataError, find_model, paper
 from experiments.e2e_nlg import data as e2e
 from experiments.glue import data as glue
 from experiments.models import bert, hub, llama
-from experiments.report import provenance
+from experiments.records import fill, markdown, provenance
 
 HERE = Path(__file__).parent
 # The one model that comes from the package index; others are folders, or names on the Hugging Face hub.
@@ -400,10 +400,10 @@ def ways(runner: Runner, wrapped: Any, dtypes: Sequence[str]) -> list[dict[str, 
 
 def paper_size() -> float | None:
     """‖ΔW_q‖ / ‖W_q‖ of GPT-3's 48th layer at rank 4, by the paper's Table 7, where the data have it."""
-    path = (data_folder() or Path()) / "paper" / "lora_paper.json"
-    if not path.is_file():
+    try:
+        found = paper()["section7_3"]["r=4"]
+    except DataError:
         return None
-    found = json.loads(path.read_text())["section7_3"]["r=4"]
     return found["dW"] / found["W_q"]
 
 
@@ -477,30 +477,11 @@ def share(x: float) -> str:
     return f"{x:.1%}" if x == 0 or x >= 0.001 else f"{100 * x:.1g}%"
 
 
-def markdown(lines: list[list[str]], left: int) -> str:
-    head = ["---" if i < left else "---:" for i in range(len(lines[0]))]
-    return "".join("| " + " | ".join(line) + " |\n" for line in [lines[0], head, *lines[1:]])
-
-
 def costs_table(results: Sequence[dict[str, Any]]) -> str:
     """Each model and dtype at the sizes of the earlier figures, and at the trained one."""
-    lines = [
-        [
-            "model",
-            "base",
-            "rms ΔW/W",
-            "ΔW lost",
-            "by theory",
-            "W unmoved",
-            "merged − unmerged",
-            "largest",
-            "same top-1",
-            "merging alone",
-            "unmerged's own",
-            "adapter's effect",
-            "W back",
-        ]
-    ]
+    head = ["model", "base", "rms ΔW/W", "ΔW lost", "by theory", "W unmoved", "merged − unmerged", "largest"]
+    head += ["same top-1", "merging alone", "unmerged's own", "adapter's effect", "W back"]
+    lines = []
     for result in results:
         for dtype, found in result["dtypes"].items():
             near = {
@@ -528,11 +509,11 @@ def costs_table(results: Sequence[dict[str, Any]]) -> str:
                         share(one["unmerge"]["returned"]),
                     ]
                 )
-    return markdown(lines, left=2)
+    return markdown(head, lines, words=2)
 
 
 def ways_table(results: Sequence[dict[str, Any]]) -> str:
-    lines = [["model", "way to serve", "weights off by", "logits off by", "same top-1", "loss"]]
+    head, lines = ["model", "way to serve", "weights off by", "logits off by", "same top-1", "loss"], []
     for result in results:
         for one in result["ways"]:
             lines.append(
@@ -545,7 +526,7 @@ def ways_table(results: Sequence[dict[str, Any]]) -> str:
                     f"{one['loss']:.4f}",
                 ]
             )
-    return markdown(lines, left=2)
+    return markdown(head, lines, words=2)
 
 
 COLOURS = {"float32": "#1f4e79", "bfloat16": "#c0392b", "float16": "#2e8b57"}
@@ -629,16 +610,6 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_readme(results: Sequence[dict[str, Any]]) -> None:
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    for name, table in (("costs", costs_table(results)), ("ways", ways_table(results))):
-        before, rest = text.split(f"<!-- {name} -->\n", 1)
-        after = rest.split(f"<!-- end of {name} -->", 1)[1]
-        text = f"{before}<!-- {name} -->\n{table}<!-- end of {name} -->{after}"
-    readme.write_text(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.merging_cost.run",
@@ -668,9 +639,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     draw(results, given.out / "merging_cost.png")
+    texts = {"costs": costs_table(results), "ways": ways_table(results)}
     if given.out.resolve() == HERE / "results":
-        write_readme(results)
-    print(costs_table(results), ways_table(results), sep="\n")
+        fill(HERE / "README.md", texts)
+    print(*texts.values(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from experiments.meshes import model
-    from experiments.report import provenance
+    from experiments.records import provenance
 
     rows, started = [], time.perf_counter()
     cells = list(itertools.product(model.KINDS, model.TYPES, model.BOUNDS, model.SHAPES))

@@ -252,13 +252,17 @@ class Bert(nn.Module):
 
         Without `deterministic` there is dropout at the config's rates: `rngs={"dropout": key}`.
         """
-        c = self.config
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid.astype(bool)
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        kinds = (c, self.dtype, deterministic)
+        kinds = (self.config, self.dtype, deterministic)
         x = Embeddings(*kinds, name="embeddings")(tokens, token_types)
-        x = Encoder(*kinds, name="encoder")(x, valid)
-        pooled = Pooler(*kinds, name="pooler")(x[:, 0]) if c.pooler else None
+        return self.heads(Encoder(*kinds, name="encoder")(x, valid), valid, deterministic)
+
+    @nn.nowrap
+    def heads(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> Output:
+        """What is made of the hidden states; another model may make something else of the `valid` ones."""
+        c = self.config
+        pooled = Pooler(c, self.dtype, deterministic, name="pooler")(x[:, 0]) if c.pooler else None
         if c.num_labels is None:
             return Output(x, pooled, None)
         first = x[:, 0] if c.roberta else pooled

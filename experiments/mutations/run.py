@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import lora_jax
 from experiments.mutations import reader
-from experiments.report import provenance
+from experiments.records import provenance
 from lora_jax.names import Rule
 
 HERE = Path(__file__).parent

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.plan import models
-from experiments.report import provenance
+from experiments.records import fill, markdown, provenance
 from lora_jax import RefusedError
 from lora_jax.planning import Memory, Plan, plan
 
@@ -246,15 +246,13 @@ def save(options: argparse.Namespace, found: Plan, seconds: float, arguments: Se
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     readme = HERE / "README.md"
-    begin, end = f"<!-- {options.out.name} -->\n", f"<!-- end of {options.out.name} -->"
-    if options.out.resolve().parent == HERE / "results" and begin in (old := readme.read_text()):
-        before, rest = old.split(begin, 1)
+    place = f"<!-- {options.out.name} -->\n"
+    if options.out.resolve().parent == HERE / "results" and place in readme.read_text():
         text = f"```\n$ {result['command']}\n\n{found}\n```\n"
         if claims:
-            rows = [["the paper says", "paper", "here"], ["---", "---:", "---:"]]
-            rows += [[claim["what"], claim["paper"], claim["here"]] for claim in claims]
-            text += "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
-        readme.write_text(f"{before}{begin}{text}{end}{rest.split(end, 1)[1]}")
+            rows = [[claim["what"], claim["paper"], claim["here"]] for claim in claims]
+            text += "\n" + markdown(["the paper says", "paper", "here"], rows)
+        fill(readme, {options.out.name: text})
 
 
 def paper(found: Plan) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from experiments.programs.draw import Program, draw
 from experiments.programs.law import TOLERANCE, MismatchError, Way, check
 from experiments.programs.shrink import shrunk
-from experiments.report import provenance
+from experiments.records import provenance
 
 HERE = Path(__file__).parent
 CLEARED_EVERY, COLLECTED_EVERY = 250, 25  # programs, so that what is kept of each does not fill the memory

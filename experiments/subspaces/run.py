@@ -26,11 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 import lora_jax
-from experiments.data import DataError, data_folder
+from experiments.data import DataError
 from experiments.glue import data, metrics
 from experiments.glue import run as glue
-from experiments.glue.cells import Cell, run_cells, write
-from experiments.report import provenance
+from experiments.glue.cells import Cell, run_cells
+from experiments.records import fill, provenance, write
 from experiments.subspaces import show
 from lora_jax import analysis
 
@@ -282,12 +282,9 @@ def main(arguments: Sequence[str]) -> None:
     config |= options
     if len(set(config["ranks"])) != 2 or len(set(config["seeds"])) != 2:
         parser.error("give two different --ranks, and two different --seeds")
-    folder = data_folder()
-    if folder is None or not (folder / "paper" / "lora_paper.json").is_file():
-        parser.error("set LORA_JAX_DATA to a folder that holds paper/lora_paper.json")
     command = shlex.join(["python", "-m", "experiments.subspaces.run", *arguments])
     try:
-        made = cells(config, out / "adapters_run")
+        published, made = show.paper(), cells(config, out / "adapters_run")
         run_cells(made, command)
     except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(str(error)) from None
@@ -296,7 +293,7 @@ def main(arguments: Sequence[str]) -> None:
     logs = {cell.path.stem: json.loads(cell.path.read_text()) for cell in made}
     record = provenance(command, ("tokenizers", "matplotlib")) | {
         "settings": config,
-        "paper": show.paper(folder),
+        "paper": published,
         "runs": {name: {key: x[key] for key in ("steps", "loss", "scores")} for name, x in logs.items()},
         **results(config, updates),
         "small": small_cell(config),
@@ -305,10 +302,7 @@ def main(arguments: Sequence[str]) -> None:
     draw(config, updates, record, out)
     text = show.tables(record)
     if out.resolve() == HERE / "results":
-        readme = HERE / "README.md"
-        before, rest = readme.read_text().split("<!-- results -->\n", 1)
-        after = rest.split("<!-- end of results -->", 1)[1]
-        readme.write_text(f"{before}<!-- results -->\n{text}<!-- end of results -->{after}")
+        fill(HERE / "README.md", {"results": text})
     print(text, end="")
 
 

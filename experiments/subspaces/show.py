@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from experiments import data
+from experiments.records import markdown
 
 SPACES = {
     "a": "A's directions, as in the paper",
@@ -137,9 +139,9 @@ def claims(record: dict[str, Any]) -> list[Claim]:
     return found
 
 
-def paper(folder: Path) -> dict[str, Any]:
+def paper() -> dict[str, Any]:
     """Table 7's numbers, under the names of `analysis.amplification`."""
-    table = json.loads((folder / "paper" / "lora_paper.json").read_text())["section7_3"]
+    table = data.paper()["section7_3"]
     found = {}
     for rank in ("r=4", "r=64"):
         x = table[rank]
@@ -162,12 +164,6 @@ ROWS = {
     "onto_random": "‖UᵀWV‖, random",
     "factor": "amplification, ‖ΔW‖ / ‖UᵀWV‖",
 }
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A table whose first columns are words, and the others numbers."""
-    kinds = ["---"] * words + ["---:"] * (len(head) - words)
-    return "".join("| " + " | ".join(line) + " |\n" for line in (head, kinds, *rows))
 
 
 def tables(record: dict[str, Any]) -> str:

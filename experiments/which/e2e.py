@@ -23,13 +23,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import lora_jax
-from experiments.data import DataError, find_model
+from experiments.data import DataError, find_model, paper
 from experiments.e2e_nlg import data
 from experiments.e2e_nlg.run import spaced, token_losses
 from experiments.glue import cells
-from experiments.glue.table import paper_table
 from experiments.models import llama
-from experiments.report import provenance
+from experiments.records import markdown, provenance, write
 from experiments.which import stacked, tables
 
 FLAGS = {
@@ -133,10 +132,10 @@ def experiment(settings: dict[str, Any], folder: Path, command: str) -> dict[str
     }
 
 
-def paper() -> dict[str, float]:
+def bleu() -> dict[str, float]:
     """The BLEU of the paper's Table 18, by rank."""
-    known = paper_table("table18_e2e_rank")
-    return {str(rank): bleu for rank, bleu in zip(known["ranks"], known["BLEU"], strict=True)}
+    known = paper()["table18_e2e_rank"]
+    return dict(zip(map(str, known["ranks"]), known["BLEU"], strict=True))
 
 
 def texts(record: dict[str, Any]) -> dict[str, str]:
@@ -151,7 +150,7 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
         for row in record["ranks"]
     ]
     header = ["rank", "trained", "validation loss", "by seed", "paper: GPT-2 medium, BLEU"]
-    return {"e2e": tables.markdown(header, rows)}
+    return {"e2e": markdown(header, rows)}
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -195,11 +194,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     settings |= {name: value for name, value in given.items() if value is not None}
     command = shlex.join(["python", "-m", "experiments.which.e2e", *arguments])
     try:
-        published, found = paper(), experiment(settings, out / "E2E_run", command)
+        published, found = bleu(), experiment(settings, out / "E2E_run", command)
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
     record = provenance(command, ("grain", "tokenizers")) | {"settings": settings, "paper": published} | found
-    cells.write(out / "E2E.json", record)
+    write(out / "E2E.json", record)
     draw(record, out / "E2E.png")
     tables.publish(texts(record), out)
     return record

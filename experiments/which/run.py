@@ -31,7 +31,7 @@ import lora_jax
 from experiments.data import DataError
 from experiments.glue import cells, data, metrics
 from experiments.glue import run as glue
-from experiments.report import provenance
+from experiments.records import provenance, write
 from experiments.which import stacked, tables
 
 HERE = Path(__file__).parent
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         raise SystemExit(f"error: {error}") from None
     record = provenance(command, ("tokenizers",)) | {"settings": settings, "paper": published}
     record |= {"tables": tables.made_of(found, problem.task.dev.labels, settings)} | found
-    cells.write(out / f"{settings['task']}.json", record)
+    write(out / f"{settings['task']}.json", record)
     tables.draw(record, out / f"{settings['task']}.png")
     tables.publish(tables.texts(record), out)
     return record

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import lora_jax
 from experiments.data import DataError
 from experiments.glue import cells, data
-from experiments.report import provenance
+from experiments.records import markdown, provenance, write
 from experiments.which import run, stacked, tables
 
 # Of different forms; a smaller stack has the first ones.
@@ -228,9 +228,9 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
         pairs = [f"{y['gflop']:.1f}" for y in (one, each)] + [f"{y['milliseconds']:.0f}" for y in (one, each)]
         times.append([*name, *pairs, *ratios])
     return {
-        "curves": tables.markdown(CURVES, compared),
-        "held": tables.markdown(["one run of", "members", *HELD], held),
-        "times": tables.markdown(["one run of", "members", *TIMES], times),
+        "curves": markdown(CURVES, compared),
+        "held": markdown(["one run of", "members", *HELD], held),
+        "times": markdown(["one run of", "members", *TIMES], times),
     }
 
 
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     *found, measured = (json.loads(cell.path.read_text())["result"] for cell in made)
     record = provenance(command, ("tokenizers",)) | {"settings": settings}
     record |= {"curves": {x["dtype"]: x for x in found}, "costs": measured}
-    cells.write(out / "sharing.json", record)
+    write(out / "sharing.json", record)
     tables.publish(texts(record), out)
     return record
 

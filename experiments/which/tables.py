@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments import data
 from experiments.glue import metrics
 from experiments.glue.cells import unpacked
-from experiments.glue.table import paper_table
+from experiments.records import fill, markdown
 
 HERE = Path(__file__).parent
 REFERENCE = "q,v"  # what the paper adapts
@@ -86,7 +87,8 @@ def made_of(found: dict[str, Any], labels: Any, settings: dict[str, Any]) -> dic
 
 def paper() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """The paper's Tables 5 and 6, each by set and rank: where both have a configuration they may differ."""
-    five, six = paper_table("table5_which_matrices"), paper_table("table6_rank")
+    known = data.paper()
+    five, six = known["table5_which_matrices"], known["table6_rank"]
     columns = [column.rsplit(" r", 1) for column in five["columns"]]
     return {
         "matrices": {
@@ -105,12 +107,6 @@ def paper() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
 
 def percent(interval: Sequence[float]) -> str:
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in interval))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def texts(record: dict[str, Any]) -> dict[str, str]:
@@ -177,14 +173,8 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
 def publish(texts: dict[str, str], out: Path) -> None:
     """Print the tables; if `out` is the committed results' folder, write them into the README's places."""
     print("\n".join(texts.values()))
-    if out.resolve() != HERE / "results":
-        return
-    page = (HERE / "README.md").read_text()
-    for name, text in texts.items():
-        before, rest = page.split(f"<!-- {name} -->\n", 1)
-        after = rest.split(f"<!-- end of {name} -->", 1)[1]
-        page = f"{before}<!-- {name} -->\n{text}<!-- end of {name} -->{after}"
-    (HERE / "README.md").write_text(page)
+    if out.resolve() == HERE / "results":
+        fill(HERE / "README.md", texts)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
