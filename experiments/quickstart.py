@@ -72,8 +72,8 @@ PRETRAINING_RATE = 2e-3
 ALPHA = 4  # the update is scaled by alpha / rank, so that one learning rate serves all ranks
 # From which each way's learning rate is chosen; Adam, with a linear decay to zero.
 RATES = {
-    "LoRA": (5e-3, 1e-2, 2e-2),
-    "full": (5e-4, 1.5e-3, 5e-3),
+    "LoRA": (1e-2, 3e-2, 1e-1),
+    "full": (1.5e-3, 5e-3, 1.5e-2),
     "head alone": (3e-2, 1e-1, 3e-1),
     "from scratch": (5e-4, 1.5e-3, 5e-3),
 }
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     width: int = 64
-    layers: int = 4
+    layers: int = 2
 
     @nn.compact
     def __call__(self, images):
@@ -409,7 +409,7 @@ def run(settings: argparse.Namespace, out: Path) -> dict[str, Any]:
     head = {"head": models["head alone"][1]["head"]}
     results["head alone"]["bytes"] = save_plain(out / "head.safetensors", head)
 
-    print("\nWhat LoRA trains (the other blocks are like block_0):")
+    print("\nWhat LoRA trains (the other block is like block_0):")
     lines = str(lora_jax.summary(adapted)).splitlines()
     print("\n".join(line for line in lines if not line.startswith("block_") or line.startswith("block_0")))
     return record
