@@ -118,21 +118,19 @@ def prepare(
     in_full = _in_head(head, base) | (leaves.keys() - base.keys()) | _in_full(way, model, base)
     if not in_full and way not in LORA_TARGETS:
         raise ValueError(f"{way!r} trains nothing here: give head=, the pattern of the new head.")
-    if way in LORA_TARGETS:
-        chosen = (lambda path, _: path in in_full) if in_full else None
-        wrapped = lora_jax.wrap(
-            unflatten_dict(leaves, sep="/"),
-            rank,
-            alpha=alpha,
-            targets=LORA_TARGETS[way] if targets is None else targets,
-            exclude=chosen,
-            train=chosen,
-            key=key,
-            dropout=dropout,
-        )
-    else:
-        leaves |= {path: _full(path, leaves[path]) for path in in_full}
-        wrapped = unflatten_dict(leaves, sep="/")
+    chosen = (lambda path, _: path in in_full) if in_full else None
+    if way not in LORA_TARGETS:
+        targets = ()
+    wrapped = lora_jax.wrap(
+        unflatten_dict(leaves, sep="/"),
+        rank,
+        alpha=alpha,
+        targets=LORA_TARGETS[way] if targets is None else targets,
+        exclude=chosen,
+        train=chosen,
+        key=key,
+        dropout=dropout,
+    )
 
     def within(fn: Callable[..., Any]) -> Callable[..., Any]:
         if intercept is None:
@@ -149,10 +147,6 @@ def prepare(
         return model.apply({"params": tree}, *args, **kwargs)
 
     return Prepared(within(apply), wrapped, within)
-
-
-def _full(path: str, x: jax.Array) -> lora_jax.FullWeight:
-    return lora_jax.FullWeight(x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype, path)
 
 
 def _in_head(head: str | None, leaves: dict[str, Any]) -> set[str]:

@@ -78,7 +78,8 @@ def wrap(
             which 0 leaves a layer as it is.
         alpha: The scale's numerator, in the same forms; by default the rank, so s = 1.
         targets: What to adapt. By default every linear kernel (attention, MLP, convolution), but no
-            embedding and no output head; "all" adds the head; else a pattern.
+            embedding and no output head; "all" adds the head; else a pattern. With `train` it may be
+            empty, `targets=()`: then nothing is adapted, and what `train` names is trained.
         exclude: A pattern of what not to adapt.
         train: A pattern of leaves to train in full, such as a new head: each becomes a `FullWeight`.
         key: The random key; by default `jax.random.key(0)`.

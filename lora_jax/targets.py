@@ -106,8 +106,8 @@ def resolve(
     lookups: frozenset[str] | None = getattr(axes, "lookups", None)
     excluded = _chosen("exclude", exclude, leaves)
     left = [leaf for leaf in leaves if leaf.path not in excluded]
-    chosen = _targets(targets, left, given, lookups, leaves)
     full = _trained(train, leaves)
+    chosen = _targets(targets, left, given, lookups, leaves, bool(full))
     overlap = [path for path in full if path in chosen]
     if overlap:
         raise ValueError(
@@ -214,12 +214,16 @@ def _targets(
     given: Mapping[str, Axes],
     lookups: frozenset[str] | None,
     everything: Sequence[Leaf],
+    may_be_none: bool,
 ) -> dict[str, Leaf]:
     if targets is None or (isinstance(targets, str) and targets == "all"):
         return _default_targets(leaves, given, lookups, head=targets is not None)
     patterns = _patterns("targets", targets)
-    if not patterns:
-        raise ValueError("targets is empty: leave it out to adapt every linear kernel, or name some.")
+    if not patterns and not may_be_none:
+        raise ValueError(
+            "targets is empty: leave it out to adapt every linear kernel, name some, or give train=, "
+            "the leaves to train in full and nothing else."
+        )
     found: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, str) and pattern == "all":

@@ -455,6 +455,7 @@ def test_patterns(targets, expected):
 
 def test_exclude_and_train():
     assert list(axes(PARAMS, exclude=["attn/(q|k)", "mlp"])) == ["layer/attn/o/kernel", "layer/attn/v/kernel"]
+    assert resolve(PARAMS, 2, targets=(), train="query_norm") == ({}, ["layer/query_norm/scale"])
     found, full = resolve(PARAMS, 2, targets="mlp", train=["bias", "query_norm"])
     assert list(found) == ["layer/mlp/kernel"]
     assert full == [*(f"layer/attn/{name}/bias" for name in "koqv"), "layer/query_norm/scale"]

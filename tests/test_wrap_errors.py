@@ -148,7 +148,7 @@ def test_no_kernel_recognised():
     refused(ValueError, "no linear kernel", "none", params={})
     refused(ValueError, "'lm_head/kernel'", "targets='all'", params={"lm_head": PARAMS["lm_head"]})
     refused(ValueError, "only what exclude takes out", targets="mlp", exclude="mlp")
-    refused(ValueError, "targets is empty", targets=[])
+    refused(ValueError, "targets is empty", "give train=", targets=[])
 
 
 def test_a_wrapped_tree_is_not_wrapped_again():
