@@ -567,17 +567,27 @@ def _write(place: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         )
     place.mkdir(parents=True, exist_ok=True)
     shapes = {name: (tensors.name_of(x.dtype), x.shape) for name, x in arrays.items()}
-    # Under other names first: a failure leaves what was there.
+    # Under other names first, and what was there put aside: a failure or an interrupt leaves it as it was.
     weights, text = place / f".{WEIGHTS}", place / f".{CONFIG}"
+    aside = {name: place / f".old.{name}" for name in there}
+    for old in aside.values():  # of a process that was killed
+        old.unlink(missing_ok=True)
     try:
         tensors.write(weights, shapes, iter(arrays.values()), {"format": "pt"})
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        # Never the new weights beside the old config.
-        (place / CONFIG).unlink(missing_ok=True)
+        for name, old in aside.items():
+            os.replace(place / name, old)
         os.replace(weights, place / WEIGHTS)
         os.replace(text, place / CONFIG)
+    except BaseException:
+        for name in (WEIGHTS, CONFIG):  # never the one adapter's weights beside the other's config
+            if name not in aside:
+                (place / name).unlink(missing_ok=True)
+            elif aside[name].exists():
+                os.replace(aside[name], place / name)
+        raise
     finally:
-        for path in (weights, text):
+        for path in (weights, text, *aside.values()):
             path.unlink(missing_ok=True)
 
 

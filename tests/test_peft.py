@@ -1,6 +1,7 @@
 """Adapters in PEFT's and loralib's files: what PEFT computes, here, from fixtures recorded by PEFT itself."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -651,6 +652,31 @@ def test_what_is_there_is_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", peft.CONFIG, peft.WEIGHTS}
     with pytest.raises(FileExistsError, match="is a file; write a folder"):
         peft.save_peft(wrapped, tmp_path / "notes.txt", case.rules, None)
+
+
+@pytest.mark.parametrize(
+    ("there", "after"), [*((False, i) for i in range(2)), *((True, i) for i in range(4))]
+)
+def test_an_interrupt_while_saving_leaves_what_was_there(tmp_path, monkeypatch, there, after):
+    case = recorded("linear", "unrolled")
+    wrapped = peft.load_peft(case.folder, case.params, case.rules)
+    if there:
+        peft.save_peft(wrapped, tmp_path, case.rules, "one")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = jax.tree.map(lambda x: 2 * x, wrapped)
+    done, real = [], os.replace
+
+    def replace(source, target):
+        if len(done) == after:
+            done.append(None)
+            raise KeyboardInterrupt
+        done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        peft.save_peft(other, tmp_path, case.rules, "two", overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_has_no_form_there_is_not_saved(tmp_path):
