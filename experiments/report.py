@@ -614,9 +614,9 @@ SECTIONS = [
         "Tables 5 and 6, which matrices and which rank",
         "which",
         f"{DATA}python -m experiments.which.run",
-        ["which/results/CoLA.json"],
+        ["which/results/SST-2.json"],
         which,
-        ["which/results/CoLA.png"],
+        ["which/results/SST-2.png"],
     ),
     Section(
         "Table 18, rank on E2E",
