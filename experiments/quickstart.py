@@ -56,7 +56,7 @@ The rates to choose from, the scale, the shots and the steps were settled with t
 
 EXAMPLES = """\
 examples:
-  python -m experiments.quickstart                       all of it, under three minutes on two cores
+  python -m experiments.quickstart                       all of it, a minute or two on two cores
   python -m experiments.quickstart --shots 5 --seeds 10  fewer images per class, more seeds
   python -m experiments.quickstart --ranks 4 --seeds 1   a quick look
 
