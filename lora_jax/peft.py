@@ -586,8 +586,11 @@ def _write(place: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
             elif aside[name].exists():
                 os.replace(aside[name], place / name)
         raise
+    else:
+        for old in aside.values():  # here alone: what could not be put back stays
+            old.unlink(missing_ok=True)
     finally:
-        for path in (weights, text, *aside.values()):
+        for path in (weights, text):
             path.unlink(missing_ok=True)
 
 

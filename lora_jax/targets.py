@@ -106,8 +106,13 @@ def resolve(
     lookups: frozenset[str] | None = getattr(axes, "lookups", None)
     excluded = _chosen("exclude", exclude, leaves)
     left = [leaf for leaf in leaves if leaf.path not in excluded]
+    chosen = _targets(targets, left, given, lookups, leaves)
     full = _trained(train, leaves)
-    chosen = _targets(targets, left, given, lookups, leaves, bool(full))
+    if not chosen and not full:
+        raise ValueError(
+            "targets is empty: leave it out to adapt every linear kernel, name some, or give train=, "
+            "the leaves to train in full and nothing else."
+        )
     overlap = [path for path in full if path in chosen]
     if overlap:
         raise ValueError(
@@ -214,16 +219,10 @@ def _targets(
     given: Mapping[str, Axes],
     lookups: frozenset[str] | None,
     everything: Sequence[Leaf],
-    may_be_none: bool,
 ) -> dict[str, Leaf]:
     if targets is None or (isinstance(targets, str) and targets == "all"):
         return _default_targets(leaves, given, lookups, head=targets is not None)
     patterns = _patterns("targets", targets)
-    if not patterns and not may_be_none:
-        raise ValueError(
-            "targets is empty: leave it out to adapt every linear kernel, name some, or give train=, "
-            "the leaves to train in full and nothing else."
-        )
     found: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, str) and pattern == "all":

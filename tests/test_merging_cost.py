@@ -168,10 +168,10 @@ def test_the_record_is_by_the_theory(name, dtype, cell):
     lost, unmoved, theory = cell["leaf_lost"], cell["leaf_unmoved"], cell["theory"]
     assert lost["median"] == pytest.approx(theory["normal"], rel=0.15)
     # A trained update has more entries near zero than a normal one.
-    assert 0.95 * theory["unmoved"] <= unmoved["median"] <= 1.5 * theory["unmoved"] + 0.01
+    assert 0.95 * theory["unmoved"] <= unmoved["median"] <= 1.4 * theory["unmoved"] + 0.01
     alone, own = cell["weights_alone"]["rms"], cell["unmerged"]["rms"]
     if cell["size"] <= RECORDS[name]["training"]["size"]:  # beyond it a model is out of its depth
-        assert cell["merged"]["rms"] < 1.5 * (alone + own)
+        assert cell["merged"]["rms"] < 1.2 * (alone + own)
         assert alone < own or theory["normal"] > 0.35  # updates of less than some units
 
 
