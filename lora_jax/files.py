@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,42 @@ def put(new: Path, target: Path, old: Path) -> None:
             os.rename(old, target)
         raise
     sync(target.parent)
+
+
+@contextmanager
+def replacing(folder: Path, present: Iterable[Path], last: str) -> Iterator[Path]:
+    """A folder to write files into; when the body is through they take the places of those that are present.
+
+    A failure or an interrupt leaves in `folder` what was there. The file called `last` goes first and comes
+    last: without it nothing opens the others, so no reader meets some of the old beside some of the new.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{_MARK}-", dir=folder))
+    new, old = staging / "new", staging / "old"
+    try:
+        new.mkdir()
+        old.mkdir()
+        yield new
+        made = sorted(new.iterdir(), key=lambda file: file.name == last)
+        for file in made:
+            sync(file)
+        moves = [(file, old / file.name) for file in sorted(present, key=lambda file: file.name != last)]
+        moves += [(file, folder / file.name) for file in made]
+        try:
+            for source, target in moves:
+                os.rename(source, target)
+        except BaseException:  # an interrupt after the renaming it fell into as well
+            for source, target in reversed(moves):
+                if target.exists() and not source.exists():
+                    os.rename(target, source)
+            raise
+        sync(folder)
+    except BaseException:
+        # What was there is only here if it could not be put back.
+        if not old.is_dir() or not any(old.iterdir()):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_adapter(path: str | os.PathLike[str], params: Any, *, check: bool = True) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from lora_jax import nnx, tensors
 from lora_jax import params as params_lib
 from lora_jax.factors import Factors, factors_of, kinds, weight_of
-from lora_jax.files import local_path, on_host, one_writer
+from lora_jax.files import local_path, on_host, one_writer, replacing
 from lora_jax.layouts import Reader, known_layouts, read_leaves
 from lora_jax.names import Piece, Rule, checked, named
 from lora_jax.params import Adapter
@@ -556,42 +556,20 @@ def save_peft(
 def _write(place: Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise FileExistsError(f"{str(place)!r} is a file; write a folder.")
-    there = [name for name in (CONFIG, WEIGHTS) if (place / name).exists()]
-    for name in there:
-        if not (place / name).is_file():
-            raise FileExistsError(f"{str(place / name)!r} is no file; move it, or write another folder.")
+    there = [place / name for name in (CONFIG, WEIGHTS) if (place / name).exists()]
+    for file in there:
+        if not file.is_file():
+            raise FileExistsError(f"{str(file)!r} is no file; move it, or write another folder.")
     if there and not overwrite:
+        names = " and ".join(file.name for file in there)
         raise FileExistsError(
-            f"there is {' and '.join(there)} in {str(place)!r} already; write overwrite=True to replace the "
-            "adapter, or another folder."
+            f"there is {names} in {str(place)!r} already; write overwrite=True to replace the adapter, or "
+            "another folder."
         )
-    place.mkdir(parents=True, exist_ok=True)
     shapes = {name: (tensors.name_of(x.dtype), x.shape) for name, x in arrays.items()}
-    # Under other names first, and what was there put aside: a failure or an interrupt leaves it as it was.
-    weights, text = place / f".{WEIGHTS}", place / f".{CONFIG}"
-    aside = {name: place / f".old.{name}" for name in there}
-    for old in aside.values():  # of a process that was killed
-        old.unlink(missing_ok=True)
-    try:
-        tensors.write(weights, shapes, iter(arrays.values()), {"format": "pt"})
-        text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name, old in aside.items():
-            os.replace(place / name, old)
-        os.replace(weights, place / WEIGHTS)
-        os.replace(text, place / CONFIG)
-    except BaseException:
-        for name in (WEIGHTS, CONFIG):  # never the one adapter's weights beside the other's config
-            if name not in aside:
-                (place / name).unlink(missing_ok=True)
-            elif aside[name].exists():
-                os.replace(aside[name], place / name)
-        raise
-    else:
-        for old in aside.values():  # here alone: what could not be put back stays
-            old.unlink(missing_ok=True)
-    finally:
-        for path in (weights, text):
-            path.unlink(missing_ok=True)
+    with replacing(place, there, last=CONFIG) as new:
+        tensors.write(new / WEIGHTS, shapes, iter(arrays.values()), {"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _to_peft(tree: Any, rules: list[Rule], target: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

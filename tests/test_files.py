@@ -300,6 +300,23 @@ def test_a_failed_save_keeps_the_old_adapter(name, call, simple, tmp_path, monke
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
+def test_what_cannot_be_put_back_is_not_deleted(tmp_path, monkeypatch):
+    for name in ("config", "weights"):
+        (tmp_path / name).write_text("old")
+    rename = os.rename
+
+    def moved_aside_only(source, target):
+        if target.parent.name != "old":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", moved_aside_only)
+    with pytest.raises(OSError, match="Input/output"):
+        with files.replacing(tmp_path, sorted(tmp_path.iterdir()), last="config") as new:
+            (new / "config").write_text("new")
+    assert [file.read_text() for file in sorted(tmp_path.rglob("old/*"))] == ["old", "old"]
+
+
 # --- Damage -----------------------------------------------------------------------------------------
 
 

@@ -664,16 +664,16 @@ def test_an_interrupt_while_saving_leaves_what_was_there(tmp_path, monkeypatch, 
         peft.save_peft(wrapped, tmp_path, case.rules, "one")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = jax.tree.map(lambda x: 2 * x, wrapped)
-    done, real = [], os.replace
+    done, real = [], os.rename
 
-    def replace(source, target):
+    def rename(source, target):
         if len(done) == after:
             done.append(None)
             raise KeyboardInterrupt
         done.append(target)
         real(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
         peft.save_peft(other, tmp_path, case.rules, "two", overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

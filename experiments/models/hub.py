@@ -14,10 +14,7 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import hub, names, tensors
-from lora_jax.files import local_path
+from lora_jax.files import local_path, replacing
 from lora_jax.tree import leaves_with_path
 from lora_jax.weight import is_wrapped_leaf
 
@@ -355,31 +352,14 @@ def save(
     count = len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     files = [hub.SINGLE] if count == 1 else files
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    try:
+    with replacing(folder, present, last="config.json") as new:
         for file, shard in zip(files, shards, strict=True):
-            _write(staging / file, shard, leaves)
-        made = [*files]
+            _write(new / file, shard, leaves)
         if count > 1:
             index = {piece.name: file for file, shard in zip(files, shards, strict=True) for piece in shard}
             content = {"metadata": {"total_size": total}, "weight_map": index}
-            (staging / hub.INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
-            made.append(hub.INDEX)
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (staging / "old").mkdir()
-        moves = [(file, staging / "old" / file.name) for file in present]
-        moves += [(staging / file, folder / file) for file in (*made, "config.json")]
-        try:
-            for source, target in moves:
-                os.rename(source, target)
-        except BaseException:
-            for source, target in reversed(moves):
-                if target.exists() and not source.exists():
-                    os.rename(target, source)
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            (new / hub.INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write(file: Path, shard: list[names.Piece], leaves: Mapping[str, Any]) -> None:
