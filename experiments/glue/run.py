@@ -437,11 +437,17 @@ def grid_cell(
     return cell(path, settings, recipe, functools.partial(task_for, settings, name, way))
 
 
+def seeds_of(config: dict[str, Any], name: str) -> list[int]:
+    return config["seeds"][: 1 if name in config["one_seed"] else None]
+
+
 def grid_cells(settings: Settings, config: dict[str, Any], options: argparse.Namespace) -> list[Cell]:
     """All tasks of a seed before the next seed, so that a whole table comes first."""
     cells = []
     for seed in options.seeds or config["seeds"]:
         for name in options.tasks or config["epochs"]:
+            if not options.seeds and seed not in seeds_of(config, name):
+                continue
             more = config["more_ways"] if name in config["more_tasks"] else []
             for way in options.ways or [*config["ways"], *more]:
                 cells.append(grid_cell(settings, config, options, name, way, seed))
@@ -458,8 +464,8 @@ def ablation_cells(settings: Settings, config: dict[str, Any], options: argparse
     safe = str.maketrans("|/()", "+-__")
     variant = "".join(f"_{name}={x}".translate(safe) for name, x in sorted(differs.items()))
     cells = []
-    for seed in options.seeds or config["seeds"]:
-        for name in options.tasks or config["epochs"]:
+    for name in options.tasks or config["epochs"]:
+        for seed in options.seeds or seeds_of(config, name):
             for way in options.ways or ["lora_all"]:
                 path = options.out / "ablations" / f"{name}_{way}{variant}_{seed}.json"
                 recipe = recipe_of(config, options, name, way, seed)
