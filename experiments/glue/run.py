@@ -60,17 +60,32 @@ never taken for one that was made otherwise."""
 class Settings:
     """What a system is made of; `config.json` has the values of the committed result."""
 
-    model: str  # all-MiniLM-L6-v2 (its package), a folder, one inside LORA_JAX_DATA, or a hub name
-    pooling: str  # "mean": a linear head on the mean of the hidden states; "first": the model's own head
+    model: str
+    pooling: str
     length: int
     batch: int
-    warmup: float  # the share of the steps in which the rate rises; then it falls to zero, linearly
+    warmup: float
     rank: int
     alpha: float
     targets: str | None
-    dropout: float  # of LoRA's branch; the model's own dropout is off
+    dropout: float
     bottleneck: int
     prefix: int
+
+
+FLAGS = {
+    "model": "all-MiniLM-L6-v2 (from its package), a folder, one inside LORA_JAX_DATA, or a hub name",
+    "pooling": "mean: a linear head on the mean of the hidden states; first: the model's own head",
+    "length": "the most tokens of a row",
+    "batch": "rows per step",
+    "warmup": "the share of the steps in which the rate rises; then it falls to zero, linearly",
+    "rank": "LoRA's",
+    "alpha": "LoRA's: the update's scale is alpha / rank",
+    "targets": "LoRA's, a pattern, in place of the way's own",
+    "dropout": "the rate on the input of LoRA's branch; the model's own dropout is off",
+    "bottleneck": "the width of an adapter",
+    "prefix": "positions of a prefix",
+}
 
 
 # --- The model -----------------------------------------------------------------------------------------
@@ -494,7 +509,8 @@ def parser_of() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Settings):
         kind = {"int": int, "float": float}.get(str(field.type), str)
         flag = f"--{field.name}"
-        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help="in place of the config's")
+        text = f"{FLAGS[field.name]} [the config's]"
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
     return parser
 
 
