@@ -356,7 +356,9 @@ def test_sweep_grid_and_table(config, capsys, monkeypatch):
     monkeypatch.setattr(run, "train_and_score", lambda *_: pytest.fail("a finished cell was made again"))
     command("grid", config, "--tasks", "CoLA")
     text = capsys.readouterr().out
-    assert "| the head alone | " in text and "| *the paper: roberta-base LoRA* | *63.4* |  |" in text
+    rows = [line.split(" | ")[0] for line in text.splitlines()]
+    assert rows.index("| full fine-tuning") < rows.index("| LoRA, q and v") < rows.index("| the head alone")
+    assert "| *the paper: roberta-base LoRA* | *63.4* |  |" in text
     assert "deberta" not in text and (out / "glue.png").stat().st_size > 1000
     found = record(out / "glue.json")["tasks"]["CoLA"]["ways"]
     assert found["full"]["scores"]["Matthews"]["mean"] == 1.0 and "minus_full" not in found["full"]

@@ -127,7 +127,9 @@ def _percent(x: float, sign: str = "") -> str:
 
 def report(record: dict[str, Any]) -> str:
     """The record as Markdown tables."""
-    tasks, ways = record["tasks"], list(dict.fromkeys(w for t in record["tasks"].values() for w in t["ways"]))
+    tasks, order = record["tasks"], [*NAMES]
+    present = dict.fromkeys(way for task in tasks.values() for way in task["ways"])
+    ways = sorted(present, key=lambda way: order.index(way) if way in NAMES else len(order))
     marks = {name: "\\*" for name in record["contaminated"]} | {name: "†" for name in record["related"]}
     columns = [f"{name}{marks.get(name, '')}" for name in tasks]
 
