@@ -165,12 +165,12 @@ def replacing(folder: Path, present: Iterable[Path], last: str) -> Iterator[Path
         try:
             for source, target in moves:
                 os.rename(source, target)
+            sync(folder)
         except BaseException:  # an interrupt after the renaming it fell into as well
             for source, target in reversed(moves):
                 if target.exists() and not source.exists():
                     os.rename(target, source)
             raise
-        sync(folder)
     except BaseException:
         # What was there is only here if it could not be put back.
         if not old.is_dir() or not any(old.iterdir()):

@@ -317,6 +317,22 @@ def test_what_cannot_be_put_back_is_not_deleted(tmp_path, monkeypatch):
     assert [file.read_text() for file in sorted(tmp_path.rglob("old/*"))] == ["old", "old"]
 
 
+def test_a_failure_after_the_last_renaming_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("old")
+    real = files.sync
+
+    def sync(entry):
+        if entry == tmp_path:
+            raise OSError(5, "Input/output error")
+        real(entry)
+
+    monkeypatch.setattr(files, "sync", sync)
+    with pytest.raises(OSError, match="Input/output"):
+        with files.replacing(tmp_path, [tmp_path / "config"], last="config") as new:
+            (new / "config").write_text("new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("config", "old")]
+
+
 # --- Damage -----------------------------------------------------------------------------------------
 
 

@@ -461,7 +461,7 @@ def grid_cells(settings: Settings, config: dict[str, Any], options: argparse.Nam
     cells = []
     for seed in options.seeds or config["seeds"]:
         for name in options.tasks or config["epochs"]:
-            if not options.seeds and seed not in seeds_of(config, name):
+            if seed not in (options.seeds or seeds_of(config, name)):
                 continue
             more = config["more_ways"] if name in config["more_tasks"] else []
             for way in options.ways or [*config["ways"], *more]:
