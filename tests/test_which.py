@@ -56,8 +56,8 @@ FORMS = [("none", 0), ("q", 3), ("q,MLP", 1)]
 RATES, ALPHA, SEEDS = (1e-2, 2e-2, 3e-2), 4.0, 2
 
 
-@pytest.fixture(scope="module")
-def together():
+@pytest.fixture(scope="module", params=[0, 2], ids=["one vmap", "two at a time"])
+def together(request):
     """What is trained, the seeds' batches, the configurations, and all of them trained in one run."""
     with jax.numpy_dtype_promotion("standard"):
         made = problem()
@@ -66,7 +66,8 @@ def together():
         union = ("q", "v", "MLP")
         table = [[run.member(made, x, union, ALPHA, seed) for x in chosen] for seed in range(SEEDS)]
         steps = run.steps_of(made.task.train, SETTINGS)
-        return made, given, chosen, stacked.train(run.loss_of(made.model), table, RATES, given, steps, "")
+        loss_fn, vmapped = run.loss_of(made.model), request.param
+        return made, given, chosen, stacked.train(loss_fn, table, RATES, given, steps, "", vmapped)
 
 
 def members(chosen):
@@ -169,7 +170,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SETS", ("q", "q,v", "q,k,v,o"))
     monkeypatch.setattr(run, "open_problem", lambda settings: made)
     monkeypatch.setattr(tables, "paper", published)
-    monkeypatch.setattr(run, "parse", lambda arguments: (SETTINGS, tmp_path))
+    monkeypatch.setattr(run, "parse", lambda arguments: (SETTINGS, tmp_path, 2))
     first = run.main([])
     assert json.loads((tmp_path / "CoLA.json").read_text())["members"] == first["members"]
     assert (tmp_path / "CoLA.png").stat().st_size > 10_000
@@ -177,7 +178,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_group", pytest.fail)  # nothing is trained again
     monkeypatch.setattr(tables, "draw", lambda record, path: None)
     assert run.main([])["tables"] == first["tables"]
-    monkeypatch.setattr(run, "parse", lambda arguments: (SETTINGS | {"alpha": 1.0}, tmp_path))
+    monkeypatch.setattr(run, "parse", lambda arguments: (SETTINGS | {"alpha": 1.0}, tmp_path, 2))
     with pytest.raises(SystemExit, match="sweep_0.json was made with"):
         run.main([])
 

@@ -6,8 +6,8 @@
 trains an encoder on a task of GLUE: under one budget of trainable numbers on every set of matrices of the
 LoRA paper's Table 5 and on the MLP's, and at every rank of its Table 6. Each set has the learning rate that
 does best on held-out training rows. Configurations and seeds are members of a stack, trained by vmap over one
-base. Writes results/TASK.json and TASK.png, and the tables into README.md. Stopped and started again by
-the same command, it goes on with the groups that are not done.
+base in one compiled step. Writes results/TASK.json and TASK.png, and the tables into README.md. Stopped and
+started again by the same command, it goes on with the groups that are not done.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def steps_of(rows: data.Rows, settings: dict[str, Any]) -> int:
 
 
 def run_group(
-    problem: Problem, group: Sequence[Configuration], settings: dict[str, Any], name: str
+    problem: Problem, group: Sequence[Configuration], settings: dict[str, Any], name: str, vmapped: int
 ) -> dict[str, Any]:
     """Train and evaluate a group: what to keep of every member, and what it took."""
     seeds, union = group[0].seeds, [kind for kind in PATTERNS if any(kind in x.kinds for x in group)]
@@ -224,8 +224,9 @@ def run_group(
         batches(train, settings, seeds),
         steps_of(train, settings),
         name,
+        vmapped,
     )
-    evaluate = stacked.make_eval(logits_of(problem.model))
+    evaluate = stacked.make_eval(logits_of(problem.model), vmapped)
     logits = np.zeros((*done.losses.shape[1:], len(dev), problem.task.outputs))
     for index, batch in data.in_order(dev, 64, widths_of(settings)):
         found = evaluate(done.trainable, done.scales, done.frozen, batch)
@@ -258,13 +259,14 @@ def run_groups(
     folder: Path,
     name: str,
     command: str,
+    vmapped: int,
 ) -> dict[str, Any]:
     """All members, and what their groups took; a group is a file, and those that are there are read."""
     made = []
     for number, group in enumerate(groups(chosen, settings["at_once"])):
         identity = {"settings": settings, "group": [x._asdict() for x in group]}
         text = f"{name}: {len(group)} configurations × {group[0].seeds}"
-        make = functools.partial(run_group, problem, group, settings, text)
+        make = functools.partial(run_group, problem, group, settings, text, vmapped)
         made.append(cells.Cell(folder / f"{name}_{number}.json", identity, make))
     cells.run_cells(made, command)
     done = [json.loads(cell.path.read_text()) for cell in made]
@@ -274,16 +276,18 @@ def run_groups(
     }
 
 
-def experiment(problem: Problem, settings: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
+def experiment(
+    problem: Problem, settings: dict[str, Any], folder: Path, command: str, vmapped: int
+) -> dict[str, Any]:
     """The learning rates, then the sets and the ranks."""
     one, seeds = numbers_at_rank_one(problem), settings["seeds"]
     ranks = ranks_of(settings, one)
     tried = [Configuration(*x, rate, 1) for rate in settings["sweep"]["rates"] for x in ranks.items()]
-    sweep = run_groups(held_out(problem, settings), tried, settings, folder, "sweep", command)
+    sweep = run_groups(held_out(problem, settings), tried, settings, folder, "sweep", command, vmapped)
     rates = {name: tables.best(tables.of(sweep["members"], targets=name))["rate"] for name in ranks}
     pairs = [*ranks.items(), *((name, rank) for name, more in settings["ranks"].items() for rank in more)]
     chosen = [Configuration(name, rank, rates[name], seeds) for name, rank in dict.fromkeys(pairs)]
-    found = run_groups(problem, chosen, settings, folder, "group", command)
+    found = run_groups(problem, chosen, settings, folder, "group", command, vmapped)
     rows = {
         name: {"rows": len(x), "cut_in_the_split": x.cut}
         for name, x in (("train", problem.task.train), ("dev", problem.task.dev))
@@ -295,8 +299,8 @@ def experiment(problem: Problem, settings: dict[str, Any], folder: Path, command
 # --- The command ----------------------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """The settings, those of the config with the flags' in their place, and the folder to write to."""
+def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], Path, int]:
+    """The settings, those of the config with the flags' in their place, where to write, and --vmapped."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.which.run",
         description=__doc__,
@@ -305,21 +309,26 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], Path]:
     )
     parser.add_argument("--config", type=Path, default=HERE / "config.json", help="the settings, as JSON")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for the results")
+    vmapped = "members of a seed that one vmap goes over at a time, the others in turn; 0: all [%(default)s]"
+    parser.add_argument("--vmapped", type=int, default=3, help=vmapped)
     known = json.loads((HERE / "config.json").read_text())
     for name, text in FLAGS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(known[name]), help=f"{text} [{known[name]}]")
     given = vars(parser.parse_args(arguments))
     config, out = json.loads(given.pop("config").read_text()), given.pop("out")
-    return config | {name: value for name, value in given.items() if value is not None}, out
+    vmapped = given.pop("vmapped")
+    if vmapped < 0:
+        parser.error(f"--vmapped is {vmapped}; give how many members, or 0 for all.")
+    return config | {name: value for name, value in given.items() if value is not None}, out, vmapped
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    settings, out = parse(arguments)
+    settings, out, vmapped = parse(arguments)
     command = shlex.join(["python", "-m", "experiments.which.run", *arguments])
     try:
         published, problem = tables.paper(), open_problem(settings)
-        found = experiment(problem, settings, out / f"{settings['task']}_run", command)
+        found = experiment(problem, settings, out / f"{settings['task']}_run", command, vmapped)
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
     record = provenance(command, ("tokenizers",)) | {"settings": settings, "paper": published}

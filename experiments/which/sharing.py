@@ -4,7 +4,8 @@
     LORA_JAX_DATA=path/to/data python -m experiments.which.sharing
 
 takes configurations of `experiments.which.run`, each of another form (its own matrices and rank), and
-compares one stack of them with each trained by itself by `lora_jax.make_train_step`, without any zeros.
+compares one stack of them with each trained by itself by `lora_jax.make_train_step`, without any zeros. A
+stack is one vmap, or several in turn, of a few members each, inside of one compiled step.
 Writes results/sharing.json, and the tables into README.md.
 """
 
@@ -70,9 +71,19 @@ def batches(problem: run.Problem, settings: dict[str, Any], count: int) -> list[
 
 
 class Stack:
-    """Configurations trained in one run, on one batch for all or, `apart`, on one for each."""
+    """Configurations trained in one run, on one batch for all or, `apart`, on one for each.
 
-    def __init__(self, problem: run.Problem, forms: Sequence[Any], alpha: float, apart: bool = False):
+    One vmap goes over `vmapped` of them at a time, or over all if it is 0.
+    """
+
+    def __init__(
+        self,
+        problem: run.Problem,
+        forms: Sequence[Any],
+        alpha: float,
+        apart: bool = False,
+        vmapped: int = 0,
+    ):
         chosen = [run.Configuration(*form, RATE, 1) for form in forms]
         union = [kind for kind in run.PATTERNS if any(kind in x.kinds for x in chosen)]
         members = [run.member(problem, x, union, alpha, seed=0) for x in chosen]
@@ -81,7 +92,9 @@ class Stack:
         trainable, self.scales = stacked.stacked(table)
         _, self.frozen = lora_jax.partition(members[0])
         self.changing = trainable, stacked.start(trainable, [RATE] * len(table[0]), STEPS)
-        self.step, self.rows = stacked.make_step(run.loss_of(problem.model)), len(table)
+        self.step, self.rows = stacked.make_step(run.loss_of(problem.model), vmapped), len(table)
+        # The compiler counts the operations of a loop's body once.
+        self.bodies = len(members) // vmapped if vmapped else 1
 
     def advance(self, batch: Any) -> np.ndarray:
         """Take a step; the members' losses."""
@@ -101,7 +114,7 @@ class Alone:
     def __init__(self, problem: run.Problem, form: Any, alpha: float, step: Any):
         chosen = run.Configuration(*form, RATE, 1)
         wrapped = run.wrap(problem, chosen.kinds, chosen.rank, alpha, seed=0)
-        self.step = step
+        self.step, self.bodies = step, 1
         self.state = lora_jax.TrainState.create(wrapped, stacked.optimizer(RATE, STEPS), jax.random.key(0))
 
     def advance(self, batch: Any) -> float:
@@ -146,7 +159,7 @@ def compiled(arm: Stack | Alone, batch: Any) -> dict[str, float]:
     begin = time.perf_counter()
     made = arm.lower(batch).compile()
     seconds = time.perf_counter() - begin
-    flops = made.cost_analysis()["flops"]
+    flops = made.cost_analysis()["flops"] * arm.bodies
     return {"compile_seconds": seconds, "gflop": flops / 1e9, "bytes": stacked.memory(made)}
 
 
@@ -164,6 +177,8 @@ def costs(problem: run.Problem, settings: dict[str, Any]) -> dict[str, Any]:
         single[form] = compiled(alone[form], batch)
     arms = {f"{n} forms": (FORMS[:n], Stack(problem, FORMS[:n], alpha)) for n in settings["sizes"]}
     most = FORMS[: max(settings["sizes"])]
+    for vmapped in settings["vmapped"]:
+        arms[f"{len(most)} forms, {vmapped} at a time"] = most, Stack(problem, most, alpha, vmapped=vmapped)
     arms["their own batches"] = most, Stack(problem, most, alpha, apart=True)
     alike = [("q,v", 4)] * len(most)
     arms["alike"] = alike, Stack(problem, alike, alpha)

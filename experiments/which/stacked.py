@@ -1,11 +1,14 @@
-"""Many adapters of one base trained in one run: `jax.vmap` over a stack of them.
+"""Many adapters of one base trained in one run, by one compiled step: `jax.vmap` over a stack of them.
 
 `lora_jax.stack` wants the same leaves adapted in every member, and fills up smaller ranks with zeros. A
 member that leaves a matrix as it is gets a pair of zeros there, `filled`: the gradient of each factor is a
 product with the other one, so both stay zero under Adam, to the bit.
 
 Members stand in a table of seeds by configurations. Those of one seed see the same batches, and vmap computes
-once what they share: the embeddings, and the first layer's products with the base.
+once what they share: the embeddings, and the first layer's products with the base. A step holds the
+activations of all that one vmap goes over. So it can go over a few members at a time, the others in turn
+inside of the same compiled step (`jax.lax.map` with a batch size): on a CPU, where activations that leave the
+caches cost more than larger products save.
 """
 
 from __future__ import annotations
@@ -83,13 +86,28 @@ def member(trainable: Any, scales: Any, frozen: Any, seed: int, number: int) -> 
     return lora_jax.combine(jax.tree.map(lambda x: x[seed, number], stack), frozen)
 
 
-def over_members(fn: Callable[..., Any], batch_by_seed: bool) -> Callable[..., Any]:
-    """fn(member's things, shared things, batch) for all of them; each seed has a batch, or all have one."""
-    inner = jax.vmap(fn, in_axes=(0, None, None))
-    return jax.vmap(inner, in_axes=(0, None, 0 if batch_by_seed else None))
+def over_members(fn: Callable[..., Any], batch_by_seed: bool, vmapped: int) -> Callable[..., Any]:
+    """fn(member's things, shared things, batch) for all of them; each seed has a batch, or all have one.
+
+    One vmap goes over at most `vmapped` members of a seed at a time, or over the whole table if it is 0.
+    """
+
+    def of_seed(mine: Any, shared: Any, batch: Any) -> Any:
+        if vmapped == 0:
+            return jax.vmap(fn, in_axes=(0, None, None))(mine, shared, batch)
+        return jax.lax.map(lambda x: fn(x, shared, batch), mine, batch_size=vmapped)
+
+    def of_all(mine: Any, shared: Any, batch: Any) -> Any:
+        if vmapped == 0:
+            return jax.vmap(of_seed, in_axes=(0, None, 0 if batch_by_seed else None))(mine, shared, batch)
+        if batch_by_seed:
+            return jax.lax.map(lambda x: of_seed(x[0], shared, x[1]), (mine, batch))
+        return jax.lax.map(lambda x: of_seed(x, shared, batch), mine)
+
+    return of_all
 
 
-def make_step(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+def make_step(loss_fn: Callable[..., Any], vmapped: int = 0) -> Callable[..., Any]:
     """step((trainable, opt_state), scales, frozen, batches) -> (new pair, losses of (seeds, members))."""
 
     def step(changing: Any, scales: Any, frozen: Any, batches: Any) -> Any:
@@ -104,7 +122,7 @@ def make_step(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
             updates, opt_state = TX.update(gradients, opt_state, trainable)
             return (optax.apply_updates(trainable, updates), opt_state), value
 
-        return over_members(one, batch_by_seed=True)((changing, scales), frozen, batches)
+        return over_members(one, True, vmapped)((changing, scales), frozen, batches)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -119,14 +137,14 @@ def start(trainable: Any, rates: Sequence[float], steps: int) -> Any:
     return jax.vmap(jax.vmap(one), in_axes=(0, None))(trainable, jnp.asarray(rates, dtype))
 
 
-def make_eval(fn: Callable[..., Any]) -> Callable[..., Any]:
+def make_eval(fn: Callable[..., Any], vmapped: int = 0) -> Callable[..., Any]:
     """evaluate(trainable, scales, frozen, batch): fn(params, batch) of every member, on one batch."""
 
     def evaluate(trainable: Any, scales: Any, frozen: Any, batch: Any) -> Any:
         def one(mine: Any, frozen: Any, batch: Any) -> Any:
             return lora_jax.lora(fn)(lora_jax.combine(lora_jax.combine(*mine), frozen), batch)
 
-        return over_members(one, batch_by_seed=False)((trainable, scales), frozen, batch)
+        return over_members(one, False, vmapped)((trainable, scales), frozen, batch)
 
     return jax.jit(evaluate)
 
@@ -149,6 +167,7 @@ def train(
     batches: Iterable[Any],
     steps: int,
     name: str,
+    vmapped: int = 0,
 ) -> Trained:
     """Train a table of adapters, all of one form, each seed on its own batches.
 
@@ -160,12 +179,15 @@ def train(
             shape that comes.
         steps: How many there are.
         name: What the progress bar says.
+        vmapped: How many members of a seed one vmap goes over at a time; 0 for all of the table. What is
+            trained does not depend on it but for rounding.
     """
     _, frozen = lora_jax.partition(adapters[0][0])
     trainable, scales = stacked(adapters)
     changing = trainable, start(trainable, rates, steps)
-    step, compiled, losses = make_step(loss_fn), {}, []
+    step, compiled, losses = make_step(loss_fn, vmapped), {}, []
     costs = {"compilations": 0, "compile_seconds": 0.0, "largest_bytes": 0, "seconds": 0.0}
+    costs["vmapped"] = vmapped or len(adapters) * len(rates)
     for batch in tqdm(batches, total=steps, desc=name, unit=" steps", mininterval=1):
         shape = str(jax.tree.map(np.shape, batch))
         begin = time.perf_counter()
