@@ -64,7 +64,7 @@ FLAGS = {
 EPILOG = """\
 the paper's encoder on one of its tasks, by its hyperparameters (wants a GPU):
   python -m experiments.which.run --model FacebookAI/roberta-base --pooling first --task MNLI --rows 0 \\
-      --length 256 --batch 16 --epochs 30 --at-once 12 --out path/to/results"""
+      --length 256 --batch 16 --epochs 30 --at-once 12 --vmapped 0 --out path/to/results"""
 
 
 class Configuration(NamedTuple):
