@@ -162,8 +162,20 @@ def _is_floating_dtype(dtype: Any) -> bool:
 def _require_array(path: str, value: Any) -> None:
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"{path!r} is a ShapeDtypeStruct. For an abstract tree write "
+            f"{path!r} is a ShapeDtypeStruct. For an abstract tree write, for instance, "
             "jax.eval_shape(lambda p: lora_jax.wrap(p, rank=...), params)."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(
+            f"{path!r} has dtype {value.dtype}, in which there is no update; cast the base to a floating "
+            "dtype, such as jnp.float32."
+        )
+    # numpy's: jax has none of its own then, and would give float32 back for it without a word.
+    if value.dtype.itemsize > 4 and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        raise TypeError(
+            f"{path!r} has dtype {value.dtype}, which jax rounds to "
+            f"{jax.dtypes.canonicalize_dtype(value.dtype)} while jax_enable_x64 is off; turn it on, or cast "
+            "the base yourself."
         )
 
 
@@ -228,6 +240,7 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
             if isinstance(node, LoraWeight):
                 check_whole(node)
             source = node.w if isinstance(node, LoraWeight) else node.value
+            _require_array(path, source)
             # One compilation for all leaves of a shape: the path is static.
             node = node.replace(path="")
         value, finite = _dense(node, out)
@@ -235,17 +248,17 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
         return _placed_as(value, source)
 
     merged = map_with_path(leaf, tree, is_leaf=is_wrapped_leaf)
-    _raise_unfinite(checks)
+    _raise_unfinite("merging", checks)
     return close(merged)
 
 
-def _raise_unfinite(checks: Mapping[str, Any]) -> None:
+def _raise_unfinite(what: str, checks: Mapping[str, Any]) -> None:
     concrete = {path: x for path, x in checks.items() if not isinstance(x, Tracer)}
     values = jax.device_get(list(concrete.values()))
     bad = [path for path, fine in zip(concrete, values, strict=True) if not fine]
     if bad:
         raise ValueError(
-            f"merging gives infinite or undefined entries where the base is finite, at {some(bad)}. Look "
+            f"{what} gives infinite or undefined entries where the base is finite, at {some(bad)}. Look "
             "for a diverged run (NaN in a or b), or merge into a wider dtype: "
             "merge(wrapped, dtype=jnp.float32)."
         )
@@ -724,27 +737,36 @@ def unmerge(params: Any, adapter: Any) -> Any:
         A wrapped tree: `merge(unmerge(params, adapter))` is params, up to rounding.
 
     Raises:
-        ValueError: the paths or shapes differ.
+        ValueError: params is wrapped, the paths or shapes differ, or an entry overflows or is not a number
+            where that of params is finite (not checked under a transformation).
 
     >>> wrapped = wrap({"kernel": jnp.ones((3, 2))}, rank=1)
     >>> wrapped["kernel"] = wrapped["kernel"].replace(a=jnp.ones((3, 1)), b=jnp.ones((1, 2)))
     >>> unmerge(merge(wrapped), wrapped)["kernel"].w.tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
+    merged, _ = nnx.opened(params)
+    already = list(_wrapped_items(merged))
+    if already:
+        raise ValueError(
+            f"unmerge: the parameters are wrapped, at {some(already)}, so nothing is merged into them. Give "
+            "what merge returned."
+        )
     tree, close = nnx.opened(attach(params, Adapter(trained_leaves(adapter)), check=False))
+    values, checks = dict(leaves_with_path(merged)), {}
 
-    def leaf(node: Any) -> Any:
+    def leaf(path: str, node: Any) -> Any:
+        if isinstance(node, FullWeight):
+            return _full(path, values[path])
         if not isinstance(node, LoraWeight):
             return node
-        w = _placed_as(_without(node.replace(path="", dropout=0.0)), node.w)
-        return node.replace(w=w)
+        _require_array(path, node.w)
+        w, checks[path] = _dense(node.replace(scale=-node.scale, path="", dropout=0.0), None)
+        return node.replace(w=_placed_as(w, node.w))
 
-    return close(jax.tree.map(leaf, tree, is_leaf=is_wrapped_leaf))
-
-
-@jax.jit
-def _without(leaf: LoraWeight) -> jax.Array:
-    return leaf.replace(scale=-leaf.scale).dense()
+    unmerged = map_with_path(leaf, tree, is_leaf=is_wrapped_leaf)
+    _raise_unfinite("unmerging", checks)
+    return close(unmerged)
 
 
 # --- Fingerprint ----------------------------------------------------------------------------------

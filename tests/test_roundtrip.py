@@ -468,6 +468,50 @@ def test_unmerge_takes_out_what_was_merged(kind):
                 np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
+def test_unmerge_leaves_what_was_trained_in_full():
+    params = {"up": {"kernel": jnp.ones((4, 3))}, "head": {"kernel": jnp.ones((3, 2), jnp.bfloat16)}}
+    wrapped = disturbed(wrap(params, 2, targets="up", train="head"))
+    merged = merge(wrapped)
+    merged["head"]["kernel"] = merged["head"]["kernel"] + 1  # trained on after it was merged
+    again = unmerge(merged, wrapped)
+    np.testing.assert_array_equal(again["head"]["kernel"].value, merged["head"]["kernel"])
+    assert again["head"]["kernel"].value.dtype == jnp.float32
+    np.testing.assert_allclose(merge(again)["up"]["kernel"], merged["up"]["kernel"], rtol=1e-12)
+    assert merge(again)["head"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_unmerge_refuses_what_is_wrapped_and_what_overflows():
+    leaf = LoraWeight(jnp.full((2, 2), 6e4, jnp.float16), jnp.ones((2, 1)), jnp.full((1, 2), -1e4), path="k")
+    with pytest.raises(ValueError, match="unmerge: the parameters are wrapped, at 'k'"):
+        unmerge({"k": leaf}, {"k": leaf})
+    with pytest.raises(ValueError, match="unmerging gives infinite or undefined entries .* at 'k'"):
+        unmerge({"k": leaf.w}, {"k": leaf})
+
+
+@pytest.mark.parametrize("call", [merge, lambda tree: unmerge({"k": tree["k"].w}, tree)])
+@pytest.mark.parametrize(
+    ("w", "message"),
+    [
+        (jnp.ones((2, 2), jnp.int8), "'k' has dtype int8, in which there is no update"),
+        (jax.ShapeDtypeStruct((2, 2), jnp.float32), "'k' is a ShapeDtypeStruct"),
+    ],
+)
+def test_a_base_without_an_update_is_refused(call, w, message):
+    with pytest.raises(TypeError, match=message):
+        call({"k": LoraWeight(w, jnp.ones((2, 1)), jnp.full((1, 2), 0.4), path="k")})
+
+
+def test_float64_is_never_rounded_to_float32_without_a_word():
+    params = {"up": {"kernel": np.ones((4, 3))}, "head": {"kernel": np.ones((3, 2))}}
+    with jax.enable_x64(False):
+        for chosen in ({"targets": "up"}, {"targets": "head"}, {"targets": (), "train": "head"}):
+            with pytest.raises(TypeError, match="has dtype float64, which jax rounds to float32"):
+                wrap(params, 2, **chosen)
+        leaf = LoraWeight(np.ones((4, 3)), np.ones((4, 1)), np.ones((1, 3)), path="k")
+        with pytest.raises(TypeError, match="'k' has dtype float64"):
+            merge({"k": leaf})
+
+
 # --- Fingerprint ----------------------------------------------------------------------------------
 
 
