@@ -4,9 +4,9 @@
     python -m experiments.notebooks.execute               # all that are in this folder
     python -m experiments.notebooks.execute quickstart    # one of them
 
-Each runs on the CPU, in a kernel of its own and in an empty folder, and is written only if no cell fails. On the
-same machine a second run writes the same file, but perhaps for the bytes of images. What may vary between
-versions and machines, `differences` leaves out of account, which tests/test_notebooks.py uses.
+Each runs on the CPU, in a kernel of its own and in an empty folder, and is written only if no cell fails. On
+the same machine a second run writes the same file, but perhaps for the bytes of images. What may vary
+between versions and machines, `differences` leaves out of account, which tests/test_notebooks.py uses.
 """
 
 from __future__ import annotations
