@@ -179,7 +179,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "draw", lambda record, path: None)
     assert run.main([])["tables"] == first["tables"]
     monkeypatch.setattr(run, "parse", lambda arguments: (SETTINGS | {"alpha": 1.0}, tmp_path, 2))
-    with pytest.raises(SystemExit, match="sweep_0.json was made with"):
+    with pytest.raises(SystemExit, match="sweep_0.json was made otherwise: settings.alpha was 16"):
         run.main([])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,28 +24,60 @@ class Cell(NamedTuple):
     make: Callable[[], dict[str, Any]]
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A cell that is there.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Delete it to have it made anew.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no record. Delete it to have it made anew.")
+    return found
+
+
 def run_cells(cells: list[Cell], command: str) -> None:
     """Make those that are missing, one after the other.
 
     Raises:
-        DataError: a cell is there that was made with other settings.
+        DataError: a cell is there that is damaged or was made with other settings, or there is no place to
+            write to.
+        SystemExit: interrupted.
     """
     missing = []
     for cell in cells:
         if not cell.path.exists():
             missing.append(cell)
-            continue
-        known = json.loads(cell.path.read_text())
-        other = {name: known.get(name) for name, x in cell.identity.items() if known.get(name) != x}
-        if other:
-            ours = {name: cell.identity[name] for name in other}
+        elif differences := _differences(read(cell.path), cell.identity):
             raise DataError(
-                f"{cell.path} was made with {other}, not with {ours}. Give the settings it was made with, or "
-                "another --out; or delete it to have it made anew."
+                f"{cell.path} was made otherwise: {'; '.join(differences)}. Give the settings it was made "
+                "with, or another --out; or delete it to have it made anew."
             )
-    for cell in tqdm(missing, desc="cells", unit=" cells", smoothing=0):
-        record = provenance(command, ("tokenizers",)) | cell.identity | cell.make()
-        write(cell.path, record)
+    for folder in {cell.path.parent for cell in missing}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise DataError(f"nothing can be written to {folder}: {error}. Give another --out.") from None
+    try:
+        for cell in tqdm(missing, desc="cells", unit=" cells", smoothing=0):
+            record = provenance(command, ("tokenizers",)) | cell.identity | cell.make()
+            write(cell.path, record)
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _differences(known: Any, ours: Any, name: str = "") -> list[str]:
+    """Where a record is not what identifies it now, an entry of each dict by itself."""
+    if not isinstance(known, dict) or not isinstance(ours, dict):
+        return [] if known == ours else [f"{name} was {known!r}, and is {ours!r} now"]
+    names = [*ours, *(other for other in known if name and other not in ours)]
+    pairs = [(known.get(other), ours.get(other), f"{name}.{other}" if name else other) for other in names]
+    return [text for pair in pairs for text in _differences(*pair)]
 
 
 def packed(predictions: np.ndarray) -> str | list[float]:
