@@ -1,4 +1,4 @@
-"""Where the experiments' files come from: the folder LORA_JAX_DATA, the cache, or their public home."""
+"""The experiments' files: configs, and data from LORA_JAX_DATA, from the cache, or from their public home."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ from tqdm import tqdm
 
 class DataError(RuntimeError):
     """A file or model is missing, cannot be fetched, or is not what it should be."""
+
+
+def read_config(path: Path, like: Path) -> dict[str, Any]:
+    """The settings in a JSON file that has the names of another one, the committed config.
+
+    Raises:
+        DataError: the file cannot be read, or names are missing or unknown.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Give a file like {like}.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}. Give a file like {like}.") from None
+    known = json.loads(like.read_text())
+    if not isinstance(found, dict) or found.keys() != known.keys():
+        names = [*found] if isinstance(found, dict) else []
+        missing, unknown = [x for x in known if x not in names], [x for x in names if x not in known]
+        raise DataError(f"{path}: missing are {missing}, unknown are {unknown}. Give a file like {like}.")
+    return found
 
 
 def data_folder() -> Path | None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 
-from experiments.data import DataError
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -42,26 +40,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def read_config(path: Path, like: Path) -> dict[str, Any]:
-    """The settings in a JSON file that has the names of another one, the committed config.
-
-    Raises:
-        DataError: the file cannot be read, or names are missing or unknown.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Give a file like {like}.") from None
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON: {error}. Give a file like {like}.") from None
-    known = json.loads(like.read_text())
-    if not isinstance(found, dict) or found.keys() != known.keys():
-        names = [*found] if isinstance(found, dict) else []
-        missing, unknown = [x for x in known if x not in names], [x for x in names if x not in known]
-        raise DataError(f"{path}: missing are {missing}, unknown are {unknown}. Give a file like {like}.")
-    return found
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

@@ -264,7 +264,8 @@ def which(record: Record) -> Found:
     for claim in made["claims"]:
         (first, rank), (second, other) = claim["pair"]
         _, low, high = claim["difference"]
-        of = [paper.get(name, {}).get(str(r), {}) for name, r in claim["pair"]]
+        known = paper["ranks" if first == second else "matrices"]
+        of = [known.get(name, {}).get(str(r), {}) for name, r in claim["pair"]]
         if not all(of):
             continue
         theirs = [of[0][corpus] - of[1][corpus] for corpus in tables.CORPORA]

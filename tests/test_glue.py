@@ -439,6 +439,125 @@ def test_a_run_that_diverges_is_said_to(config):
     assert row["diverged"] == 1 and "scores" not in row
 
 
+def cells_in(folder, *of):
+    """Cells of the head on CoLA, one for each dict, which says what differs from the usual."""
+    usual = {
+        "task": "CoLA",
+        "way": "head",
+        "seed": 0,
+        "learning_rate": 0.1,
+        "epochs": 1,
+        "settings": {"model": "m", "batch": 8, "length": 12},
+    }
+    usual |= {"rows": {"train": 24, "evaluated": 10, "cut": [0, 0]}, "steps": 3, "predictions": "0" * 10}
+    usual |= {"scores": {"Matthews": 0.0}, "trainable": {"all": 1, "head": 1}, "seconds_per_step": None}
+    usual |= {"saved_bytes": 1, "step_bytes": None}
+    folder.mkdir(parents=True)
+    for differs in of:
+        cell = usual | differs
+        name = cell.pop("name", f"CoLA_{cell['way']}_{cell['seed']}.json")
+        (folder / name).write_text(json.dumps(cell) if "text" not in cell else cell["text"])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1, "epochs": 2}, "head on CoLA: epochs of seed 1 differs from that of seed 0"),
+        ({"seed": 1, "learning_rate": 0.2}, "head on CoLA: learning_rate of seed 1 differs"),
+        ({"way": "full", "settings": {"batch": 3}}, "cells were made with different settings; part them"),
+        ({"name": "CoLA_head_0_copy.json"}, "a cell of head on CoLA named '0_copy', which no grid makes"),
+        ({"seed": 1, "text": '{"task": "CoLA"'}, r"CoLA_head_1\.json cannot be read: .* Delete it"),
+        ({"seed": 1, "text": "[]"}, r"CoLA_head_1\.json holds no record"),
+        ({"seed": 1, "text": "{}"}, r"CoLA_head_1\.json has no \['task', 'way'"),
+    ],
+)
+def test_cells_that_do_not_belong_together_are_not_averaged(config, other, message):
+    cells_in(config.parent / "out" / "cells", {}, other)
+    with pytest.raises(SystemExit, match=message):
+        command("table", config)
+
+
+def test_the_table_says_which_entries_have_fewer_seeds(config, capsys):
+    full, folder = {"way": "full"}, config.parent / "out" / "cells"
+    cells_in(folder, full, full | {"seed": 1}, {})
+    command("table", config)
+    text = capsys.readouterr().out
+    assert "| full fine-tuning | 0.0 ± 0.0 |" in text and "| the head alone | 0.0 (1 of 2 seeds) |" in text
+    assert "| the head alone | +0.0 [+0.0, +0.0] (1 of 2 seeds) |" in text
+
+
+def test_rates_are_chosen_of_whole_sweeps(config, capsys):
+    out = config.parent / "out"
+    command("sweep", config, "--ways", "head", "full")
+    (out / "sweep" / "CoLA_full_1e-05.json").unlink()
+    plan = record(config)
+    plan["sweep"]["rates"] |= {"lora_qv": [1e-2, 1e-1]}
+    config.write_text(json.dumps(plan))
+    capsys.readouterr()
+    command("sweep", config, "--ways", "head")
+    assert [*record(out / "sweep.json")["ways"]] == ["head"]
+    assert "full         not all of its rates are tried: sweep --ways full" in capsys.readouterr().out
+    plan["settings"]["rank"] = 1
+    config.write_text(json.dumps(plan))
+    with pytest.raises(SystemExit, match=r"CoLA_head_0\.01\.json was made otherwise: settings.rank was 2"):
+        command("sweep", config, "--ways", "head")
+    with pytest.raises(SystemExit, match=r"the config's sweep has no rates for \['top2'\]"):
+        command("sweep", config, "--ways", "top2")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda x: x | {"sed": 1}, r"unknown are \['sed'\]"),
+        (lambda x: {"ways": x["ways"]}, r"missing are \['settings', 'epochs'"),
+        (lambda x: x | {"settings": {"rnk": 2}}, r"settings has \['rnk'\], and must have \['model'"),
+        (lambda x: x | {"ways": ["lora_vq"]}, r"no such ways are \['lora_vq'\]; there are \['full'"),
+        (lambda x: x | {"settings": x["settings"] | {"length": 2}}, "length is 2; give 5 or more"),
+        (lambda x: x | {"settings": x["settings"] | {"warmup": 1.0}}, "warmup is 1.0; give a share in"),
+        (lambda x: [], "missing are"),
+    ],
+)
+def test_configs_that_say_something_else_are_refused(config, changed, message):
+    config.write_text(json.dumps(changed(record(config))))
+    with pytest.raises(SystemExit, match=message):
+        command("grid", config)
+
+
+def test_config_files_that_are_none(config):
+    config.write_text("{")
+    with pytest.raises(SystemExit, match=r"config\.json is no JSON"):
+        command("grid", config)
+    config.unlink()
+    with pytest.raises(SystemExit, match=r"config\.json cannot be read: No such file"):
+        command("grid", config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("grid", "--epochs", "0"), "--epochs is 0; give 1 or more"),
+        (("grid", "--seeds", "-1"), "--seeds has -1; give 0 or more"),
+        (("table", "--rank", "64"), "table has no use for --rank"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(config, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        command(arguments[0], config, *arguments[1:])
+    assert message in capsys.readouterr().err
+
+
+def test_a_way_without_lora_has_no_rank_to_change(config):
+    with pytest.raises(SystemExit, match=r"\['head'\] have no LoRA, and so no rank"):
+        command("ablate", config, "--ways", "head", "--rank", "3")
+
+
+def test_nothing_is_trained_where_nothing_can_be_written(config, monkeypatch):
+    monkeypatch.setattr(run, "train_and_score", lambda *_: pytest.fail("trained"))
+    (config.parent / "out").write_text("a file")
+    with pytest.raises(SystemExit, match="nothing can be written to .*Give another --out"):
+        command("grid", config, "--learning-rate", "0.1")
+
+
 # --- The record ----------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ def command(corpus, model):  # noqa: F811
         "head_epochs": {"6": 2},
         "seeds": [0, 1],
     }
+    plan = record(glue.HERE / "config.json") | plan
     (corpus / "glue.json").write_text(json.dumps(plan))
     (corpus / "config.json").write_text(json.dumps(config))
     (corpus / "grid").mkdir()

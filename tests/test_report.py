@@ -251,10 +251,14 @@ def test_which(monkeypatch):
         record = {"settings": {"task": "CoLA"}, "tables": made, "paper": paper}
         return report.which(record).points
 
+    four = {"4": {"WikiSQL": 73.7, "MNLI": 91.3}}
     paper = {
-        "q": {"8": {"WikiSQL": 70.4, "MNLI": 91.0}},
-        "q,v": {"4": {"WikiSQL": 73.7, "MNLI": 91.3}, "1": {"WikiSQL": 73.4, "MNLI": 91.3}},
-        "q,k,v,o": {"2": {"WikiSQL": 73.7, "MNLI": 91.7}},
+        "matrices": {
+            "q": {"8": {"WikiSQL": 70.4, "MNLI": 91.0}},
+            "q,v": four,
+            "q,k,v,o": {"2": {"WikiSQL": 73.7, "MNLI": 91.7}},
+        },
+        "ranks": {"q,v": four | {"1": {"WikiSQL": 73.4, "MNLI": 91.3}}},
     }
     assert [points()[0].holds, points(better=0.1)[0].holds] == [True, False]
     assert points(better=0.1)[0].text.endswith("Better on CoLA (Matthews): all")
@@ -273,6 +277,11 @@ def test_which(monkeypatch):
     )
     assert text.endswith("the paper's +3.3 on WikiSQL and +0.3 on MNLI")
     assert len(points(compared(("v", 8), ("q", 8), 0, 1))) == 1  # the paper has no such row
+
+
+def test_every_comparison_of_the_record_is_judged():
+    record = json.loads((report.HERE / "which" / "results" / "SST-2.json").read_text())
+    assert len(report.which(record).points) == 1 + len(record["tables"]["claims"]) == 10
 
 
 def test_rank_on_e2e():

@@ -183,6 +183,32 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
         run.main([])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "seeds is 0; give 1 or more"),
+        (["--rows", "-5"], "rows is -5; give 0 or more"),
+        (["--at-once", "2"], "at_once is 2; give 3 or more"),
+        (["--vmapped", "-1"], "vmapped is -1; give 0 or more"),
+        (["--config", "config.json"], "unknown are ['batchsize']"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_first(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"batchsize": 16}))
+    with pytest.raises(SystemExit):
+        run.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_more_rows_than_there_are(monkeypatch):
+    monkeypatch.setattr(run.glue, "model_folder", lambda name: None)
+    monkeypatch.setattr(data, "tokenizer", lambda folder: None)
+    monkeypatch.setattr(data, "load_task", lambda *_: problem().task)
+    with pytest.raises(run.DataError, match="rows is 99; CoLA has 18 to train on"):
+        run.open_problem(SETTINGS | {"rows": 99})
+
+
 def check(record):
     """What holds of every record, whatever came out."""
     settings, one = record["settings"], record["rank_one"]

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import lora_jax
 from experiments import methods
-from experiments.data import DataError, find_model
+from experiments.data import DataError, find_model, read_config
 from experiments.glue import data, metrics
 from experiments.glue.cells import Cell, packed, run_cells
 from experiments.glue.table import table
@@ -71,6 +71,15 @@ class Settings:
     dropout: float
     bottleneck: int
     prefix: int
+
+    def __post_init__(self) -> None:
+        # [CLS] a [SEP] b [SEP] has five tokens at least.
+        for name, least in {"length": 5, "batch": 1, "rank": 1, "bottleneck": 1, "prefix": 1}.items():
+            if getattr(self, name) < least:
+                raise DataError(f"{name} is {getattr(self, name)}; give {least} or more.")
+        for name in ("warmup", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; give a share in [0, 1).")
 
 
 FLAGS = {
@@ -384,6 +393,10 @@ def cell(
 
 def sweep_cells(settings: Settings, config: dict[str, Any], ways: list[str], out: Path) -> list[Cell]:
     plan = config["sweep"]
+    if without := [way for way in ways if way not in plan["rates"]]:
+        raise DataError(
+            f"the config's sweep has no rates for {without}; write them, or leave these ways out."
+        )
 
     def rows(name: str, way: str, count: int) -> data.Task:
         whole = task_for(settings, name, way)
@@ -400,6 +413,23 @@ def sweep_cells(settings: Settings, config: dict[str, Any], ways: list[str], out
                 more = {"held_out": plan["held_out"], "drawn": size["rows"]}
                 cells.append(cell(path, settings, Recipe(name, way, 0, rate, epochs), get, **more))
     return cells
+
+
+def whole_sweeps(settings: Settings, config: dict[str, Any], out: Path, command: str) -> list[Cell]:
+    """The cells of the ways that were tried at all rates on all tasks; a mean of fewer would compare nothing.
+
+    Raises:
+        DataError: one was made with other settings.
+    """
+    whole = []
+    for way in config["sweep"]["rates"]:
+        of_way = sweep_cells(settings, config, [way], out)
+        if all(made.path.exists() for made in of_way):
+            run_cells(of_way, command)  # makes none, and compares
+            whole += of_way
+        elif any(made.path.exists() for made in of_way):
+            print(f"{way:12} not all of its rates are tried: sweep --ways {way}")
+    return whole
 
 
 def chosen_rates(cells: list[Cell]) -> dict[str, Any]:
@@ -439,7 +469,7 @@ def rate_of(way: str, given: float | None, out: Path) -> float:
 def recipe_of(config: dict[str, Any], options: argparse.Namespace, name: str, way: str, seed: int) -> Recipe:
     epochs = config["head_epochs"] if way == "head" else config["epochs"].get(name, 1)
     rate = rate_of(way, options.learning_rate, options.out)
-    return Recipe(name, way, seed, rate, options.epochs or epochs)
+    return Recipe(name, way, seed, rate, epochs if options.epochs is None else options.epochs)
 
 
 def grid_cell(
@@ -476,6 +506,9 @@ def ablation_cells(settings: Settings, config: dict[str, Any], options: argparse
     differs = {name: x for name, x in ours.items() if x != usual[name]}
     if not differs:
         raise DataError("nothing differs from the grid: give --rank, --alpha, --targets, --learning-rate ...")
+    unused = [way for way in options.ways or [] if way not in methods.LORA_TARGETS]
+    if unused and not {*differs} - {"rank", "alpha", "targets", "dropout"}:
+        raise DataError(f"{unused} have no LoRA, and so no {', '.join(sorted(differs))}; leave them out.")
     safe = str.maketrans("|/()", "+-__")
     variant = "".join(f"_{name}={x}".translate(safe) for name, x in sorted(differs.items()))
     cells = []
@@ -486,6 +519,22 @@ def ablation_cells(settings: Settings, config: dict[str, Any], options: argparse
                 recipe = recipe_of(config, options, name, way, seed)
                 cells.append(cell(path, settings, recipe, functools.partial(task_for, settings, name, way)))
     return cells
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A config like the committed one.
+
+    Raises:
+        DataError: it is not, or names ways that there are not.
+    """
+    config = read_config(path, HERE / "config.json")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    if sorted(config["settings"]) != sorted(names):
+        raise DataError(f"{path}: settings has {[*config['settings']]}, and must have {names}.")
+    listed = [*config["ways"], *config["more_ways"], *config["sweep"]["rates"]]
+    if strange := [way for way in listed if way not in methods.WAYS]:
+        raise DataError(f"{path}: no such ways are {strange}; there are {[*methods.WAYS]}.")
+    return config
 
 
 # --- The command ---------------------------------------------------------------------------------------
@@ -500,7 +549,7 @@ def parser_of() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=("sweep", "grid", "ablate", "table"), help="as above")
     parser.add_argument("--config", type=Path, default=HERE / "config.json", help="[%(default)s]")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the cells and the table")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="of the cells and the table [%(default)s]")
     parser.add_argument("--tasks", nargs="+", choices=list(data.LABELS), help="[the config's]")
     parser.add_argument("--ways", nargs="+", choices=list(methods.WAYS), help="[the config's]")
     parser.add_argument("--seeds", nargs="+", type=int, help="[the config's]")
@@ -524,7 +573,7 @@ UNUSED = {
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    config = json.loads(options.config.read_text())
+    config = read_settings(options.config)
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Settings)
@@ -535,8 +584,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         ways = options.ways or [*config["ways"], *config["more_ways"]]
         cells = sweep_cells(settings, config, ways, out)
         run_cells(cells, command)
-        every = sweep_cells(settings, config, list(config["sweep"]["rates"]), out)
-        choices = chosen_rates([made for made in every if made.path.exists()])
+        choices = chosen_rates(whole_sweeps(settings, config, out, command))
         write(out / "sweep.json", provenance(command) | {"sweep": config["sweep"], "ways": choices})
         for way, row in choices.items():
             edge = ", at the edge: widen its rates in the config" if row["at_the_edge"] else ""
@@ -555,6 +603,13 @@ def main(arguments: list[str]) -> None:
     for name in UNUSED[options.what]:
         if getattr(options, name) is not None:
             parser.error(f"{options.what} has no use for --{name.replace('_', '-')}; its config says it.")
+    for field in dataclasses.fields(Settings):
+        if options.what == "table" and field.name in options:
+            parser.error(f"table has no use for --{field.name}: it is made of the cells that there are.")
+    if options.epochs is not None and options.epochs < 1:
+        parser.error(f"--epochs is {options.epochs}; give 1 or more.")
+    if min(options.seeds or [0]) < 0:
+        parser.error(f"--seeds has {min(options.seeds)}; give 0 or more.")
     try:
         run(options, shlex.join(["python", "-m", "experiments.glue.run", *arguments]))
     except (DataError, ModuleNotFoundError) as error:

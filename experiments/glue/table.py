@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from experiments.data import DataError, paper
 from experiments.glue import data, metrics
-from experiments.glue.cells import unpacked
+from experiments.glue.cells import read, unpacked
 from experiments.records import fill, markdown, provenance, write
 
 # What all-MiniLM-L6-v2 was trained on, by its model card, and is tested on here.
@@ -19,11 +19,18 @@ CONTAMINATED = {"MNLI": "all-MiniLM-L6-v2 was trained on MNLI", "QQP": "all-Mini
 RELATED = {"QNLI": "all-MiniLM-L6-v2 was trained on SQuAD's questions and passages, of which QNLI is made"}
 
 
+CELL = ("task", "way", "seed", "learning_rate", "epochs", "settings", "scores", "predictions", "trainable")
+# What is the same for all seeds of a system.
+SAME = ("learning_rate", "epochs", "settings")
+
+
 def systems_of(folder: Path) -> dict[tuple[str, str, str], dict[int, dict[str, Any]]]:
     """The cells of a folder by (task, way, variant) and seed."""
     found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
+        record = read(path)
+        if lost := [name for name in CELL if name not in record]:
+            raise DataError(f"{path} has no {lost}. Delete it to have it made anew.")
         task, way, seed = record["task"], record["way"], record["seed"]
         variant = path.stem.removeprefix(f"{task}_{way}").removesuffix(f"_{seed}").strip("_")
         found.setdefault((task, way, variant), {})[seed] = record
@@ -38,6 +45,12 @@ def judged(
 ) -> dict[str, Any]:
     """What the seeds of one system gave, with the interval of its first metric and that of a difference."""
     some = next(iter(cells.values()))
+    for seed, cell in cells.items():
+        if other := [name for name in SAME if cell[name] != some[name]]:
+            raise DataError(
+                f"{some['way']} on {some['task']}: {', '.join(other)} of seed {seed} differs from that of "
+                f"seed {next(iter(cells))}. Delete one of the two cells, or part them by folders."
+            )
     row = {
         name: some[name]
         for name in ("learning_rate", "epochs", "steps", "trainable", "saved_bytes", "step_bytes")
@@ -82,7 +95,11 @@ def summarise(config: dict[str, Any], out: Path, command: str) -> dict[str, Any]
     for name in data.LABELS:
         if any(name == task for task, *_ in (*grid, *ablations)):
             labels[name] = data.labels_of(data.read(name, "dev"), data.LABELS[name])
-    for (name, way, _), cells in tqdm(grid.items(), desc="intervals", unit=" systems"):
+    for (name, way, variant), cells in tqdm(grid.items(), desc="intervals", unit=" systems"):
+        if variant:
+            raise DataError(
+                f"{out / 'cells'} has a cell of {way} on {name} named {variant!r}, which no grid makes."
+            )
         full = grid.get((name, "full", ""))
         known = {"metric": metrics.OF_TASK[name][0], "rows": next(iter(cells.values()))["rows"], "ways": {}}
         row = tasks.setdefault(name, known)
@@ -94,13 +111,15 @@ def summarise(config: dict[str, Any], out: Path, command: str) -> dict[str, Any]
     some = next((cell for cells in grid.values() for cell in cells.values()), None)
     if some is None:
         raise DataError(f"there are no cells in {out / 'cells'}: run `python -m experiments.glue.run grid`.")
+    if any(cell["settings"] != some["settings"] for cells in grid.values() for cell in cells.values()):
+        raise DataError(f"the cells in {out / 'cells'} were made with different settings; part them.")
     sweep, minilm = out / "sweep.json", some["settings"]["model"] == "all-MiniLM-L6-v2"
     record = provenance(command) | {
         "settings": some["settings"],
         "contaminated": CONTAMINATED if minilm else {},
         "related": RELATED if minilm else {},
         "bootstrap_draws": draws,
-        "tasks": {name: tasks[name] for name in config["epochs"] if name in tasks},
+        "tasks": {name: tasks[name] for name in [*config["epochs"], *data.LABELS] if name in tasks},
         "ablations": tried,
         "sweep": json.loads(sweep.read_text())["ways"] if sweep.exists() else None,
         "paper": roberta_rows(),
@@ -133,6 +152,11 @@ def report(record: dict[str, Any]) -> str:
     marks = {name: "\\*" for name in record["contaminated"]} | {name: "†" for name in record["related"]}
     columns = [f"{name}{marks.get(name, '')}" for name in tasks]
 
+    seeds = {name: max(len(row["seeds"]) for row in task["ways"].values()) for name, task in tasks.items()}
+
+    def fewer(name: str, count: int) -> str:
+        return "" if count == seeds.get(name, count) else f" ({count} of {seeds[name]} seeds)"
+
     def entry(name: str, way: str) -> str:
         row = tasks[name]["ways"].get(way)
         if row is None:
@@ -141,25 +165,23 @@ def report(record: dict[str, Any]) -> str:
             return f"{row['diverged']} of {len(row['seeds'])} diverged"
         found = row["scores"][tasks[name]["metric"]]
         spread = "" if found["deviation"] is None else f" ± {_percent(found['deviation'])}"
-        return _percent(found["mean"]) + spread
+        return _percent(found["mean"]) + spread + fewer(name, len(row["seeds"]))
 
-    def difference(row: dict[str, Any] | None) -> str:
+    def difference(name: str, row: dict[str, Any] | None) -> str:
         if row is None or "minus_full" not in row:
             return ""
         x = row["minus_full"]
         bold = "**" if x["low"] > 0 or x["high"] < 0 else ""
-        return (
-            f"{bold}{_percent(x['value'], '+')}{bold} [{_percent(x['low'], '+')}, {_percent(x['high'], '+')}]"
-        )
+        interval = f"[{_percent(x['low'], '+')}, {_percent(x['high'], '+')}]"
+        return f"{bold}{_percent(x['value'], '+')}{bold} {interval}{fewer(name, len(x['seeds']))}"
 
-    seeds = [str(max(len(row["seeds"]) for row in task["ways"].values())) for task in tasks.values()]
     text = (
         "Mean over the seeds, ± their standard deviation, in percent; rows are to train on / to evaluate.\n\n"
     )
     first = [["metric", *(tasks[name]["metric"] for name in tasks)]]
     first.append(["rows", *(f"{x['rows']['train']:,} / {x['rows']['evaluated']:,}" for x in tasks.values())])
     first.append(["rows cut", *("{:,} / {:,}".format(*x["rows"]["cut"]) for x in tasks.values())])
-    first.append(["seeds", *seeds])
+    first.append(["seeds", *map(str, seeds.values())])
     first += [[NAMES.get(way, way), *(entry(name, way) for name in tasks)] for way in ways]
     for name, row in record["paper"].items():
         first.append([f"*the paper: {name}*", *(f"*{row[task]}*" if task in row else "" for task in tasks)])
@@ -177,7 +199,7 @@ def report(record: dict[str, Any]) -> str:
     rest = [way for way in ways if way != "full"]
     second = []
     for way in rest:
-        of_tasks = (difference(tasks[name]["ways"].get(way)) for name in tasks)
+        of_tasks = (difference(name, tasks[name]["ways"].get(way)) for name in tasks)
         second.append([NAMES.get(way, way), *of_tasks])
     text += markdown(["", *columns], second)
 
@@ -197,7 +219,7 @@ def report(record: dict[str, Any]) -> str:
         speed = f"{np.median(ratios):.2f} of full's" if ratios and row["step_bytes"] else ""
         third.append(
             [NAMES.get(way, way), f"{trained['all']:,}", f"{trained['head']:,}"]
-            + [f"{row['saved_bytes'] / 1e6:,.2f} MB", peak, speed, f"{row['learning_rate']:g}"]
+            + [f"{row['saved_bytes'] / 1e3:,.0f} kB", peak, speed, f"{row['learning_rate']:g}"]
         )
     text += markdown(head, third)
 
@@ -208,8 +230,8 @@ def report(record: dict[str, Any]) -> str:
             name = metrics.OF_TASK[row["task"]][0]
             value = "diverged" if row["diverged"] else _percent(row["scores"][name]["mean"])
             fourth.append([row["task"], NAMES.get(row["way"], row["way"]), f"`{row['differs']}`", value])
-            fourth[-1].append(difference(row))
-        text += markdown(["task", "way", "differs", "metric", "minus full fine-tuning"], fourth)
+            fourth[-1].append(difference(row["task"], row))
+        text += markdown(["task", "way", "differs", "metric", "minus full fine-tuning"], fourth, words=3)
 
     if record["sweep"]:
         text += (
@@ -220,7 +242,7 @@ def report(record: dict[str, Any]) -> str:
             tried = ", ".join(f"{rate}: {_percent(x['mean'])}" for rate, x in row["tried"].items())
             edge = " (at the edge)" if row["at_the_edge"] else ""
             fifth.append([NAMES.get(way, way), f"{row['learning_rate']:g}{edge}", tried])
-        text += markdown(["", "chosen", "tried"], fifth)
+        text += markdown(["", "chosen", "tried"], fifth, notes=1)
     return text
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.data import DataError, paper
+from experiments.data import DataError, paper, read_config
 from experiments.glue import data, metrics
 from experiments.glue import run as glue
-from experiments.glue.cells import Cell, run_cells
+from experiments.glue.cells import Cell, read, run_cells
 from experiments.glue.table import NAMES, judged
 from experiments.records import fill, markdown, provenance, write
 
@@ -59,7 +58,7 @@ def cells_of(config: dict[str, Any], grid: dict[str, Any], folder: Path, out: Pa
 
 
 def summarise(cells: dict[tuple, Cell], draws: int, command: str) -> dict[str, Any]:
-    records = {key: json.loads(made.path.read_text()) for key, made in cells.items()}
+    records = {key: read(made.path) for key, made in cells.items()}
     systems: dict[tuple, dict[int, Any]] = {}
     for (name, way, count, seed), record in records.items():
         systems.setdefault((name, way, count), {})[seed] = record
@@ -131,7 +130,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    config, grid = json.loads(options.config.read_text()), json.loads(options.glue_config.read_text())
+    config = read_config(options.config, HERE / "config.json")
+    grid = glue.read_settings(options.glue_config)
+    of_heads = config["head_epochs"].keys()
+    if config["epochs"].keys() != of_heads or any(not x.isdecimal() or int(x) < 1 for x in of_heads):
+        raise DataError(f"{options.config}: epochs and head_epochs go by the same numbers of examples.")
     cells = cells_of(config, grid, options.glue, options.out)
     run_cells([*cells.values()], command)
     record = summarise(cells, grid["bootstrap_draws"], command)

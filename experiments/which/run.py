@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 import lora_jax
-from experiments.data import DataError
+from experiments.data import DataError, read_config
 from experiments.glue import cells, data, metrics
 from experiments.glue import run as glue
 from experiments.records import provenance, write
@@ -97,6 +97,8 @@ def open_problem(settings: dict[str, Any]) -> Problem:
     task = data.load_task(settings["task"], data.tokenizer(glue.model_folder(name)), settings["length"])
     if task.classes is None:
         raise DataError(f"{task.name} is a regression; give a task that has classes, such as SST-2.")
+    if settings["rows"] > len(task.train):
+        raise DataError(f"rows is {settings['rows']}; {task.name} has {len(task.train):,} to train on.")
     if settings["rows"]:
         task = task._replace(train=data.first(task.train, settings["rows"], seed=0))
     return Problem(*glue.load_model(name, settings["pooling"], task.outputs), task)
@@ -264,7 +266,8 @@ def run_groups(
     """All members, and what their groups took; a group is a file, and those that are there are read."""
     made = []
     for number, group in enumerate(groups(chosen, settings["at_once"])):
-        identity = {"settings": settings, "group": [x._asdict() for x in group]}
+        trained_by = {key: x for key, x in settings.items() if key != "draws"}
+        identity = {"settings": trained_by, "group": [x._asdict() for x in group]}
         text = f"{name}: {len(group)} configurations × {group[0].seeds}"
         make = functools.partial(run_group, problem, group, settings, text, vmapped)
         made.append(cells.Cell(folder / f"{name}_{number}.json", identity, make))
@@ -316,11 +319,18 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], Path, int]:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(known[name]), help=f"{text} [{known[name]}]")
     given = vars(parser.parse_args(arguments))
-    config, out = json.loads(given.pop("config").read_text()), given.pop("out")
+    try:
+        settings, out = read_config(given.pop("config"), HERE / "config.json"), given.pop("out")
+    except DataError as error:
+        parser.error(str(error))
     vmapped = given.pop("vmapped")
-    if vmapped < 0:
-        parser.error(f"--vmapped is {vmapped}; give how many members, or 0 for all.")
-    return config | {name: value for name, value in given.items() if value is not None}, out, vmapped
+    settings |= {name: value for name, value in given.items() if value is not None}
+    least = {"rows": 0, "length": 5, "batch": 1, "epochs": 1, "budget_rank": 1, "seeds": 1, "draws": 1}
+    least |= {"at_once": settings["seeds"], "vmapped": 0}
+    for name, value in (settings | {"vmapped": vmapped}).items():
+        if name in least and value < least[name]:
+            parser.error(f"{name} is {value}; give {least[name]} or more.")
+    return settings, out, vmapped
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
@@ -329,7 +339,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     try:
         published, problem = tables.paper(), open_problem(settings)
         found = experiment(problem, settings, out / f"{settings['task']}_run", command, vmapped)
-    except DataError as error:
+    except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     record = provenance(command, ("tokenizers",)) | {"settings": settings, "paper": published}
     record |= {"tables": tables.made_of(found, problem.task.dev.labels, settings)} | found
