@@ -11,7 +11,7 @@ are those of the COCO caption evaluation, on Penn Treebank tokens without case a
 challenge's own script calls CIDEr is CIDEr-D: counts are clipped, and lengths that differ are penalised.
 
 On the test set's own references (tests/test_metrics.py) BLEU and NIST agree with that script in every digit
-that it prints, and ROUGE-L and CIDEr within .0003: their tokens are those of Stanford's tokenizer, of which
+that it prints, and ROUGE-L and CIDEr within .003: their tokens are those of Stanford's tokenizer, of which
 `treebank` does what matters to this text.
 """
 
