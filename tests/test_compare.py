@@ -203,11 +203,46 @@ def test_a_whole_comparison_goes_on_where_it_was(corpus, monkeypatch):
     [
         (["--rates", '{"lora": [1]}'], r"no ways \['lora'\] to adapt; --rates takes full, "),
         (["--rates", '{"full": [1]}', "--steps", "5"], "the warm-up takes 500 of 5 steps; lower --warmup"),
+        (["--rates", "{}"], "--rates are {}; write ways with their rates"),
+        (["--rates", '{"full": 0.1}'], "--rates has 0.1 for 'full'; give a list of different numbers"),
+        (["--rates", '{"full": [0.1, 0.1]}'], "give a list of different numbers above 0"),
+        (["--rates", '{"head": [1]}', "--warmup", "0"], "this model cannot be adapted by 'head'"),
+        (["--dropout", "1"], "--dropout is 1.0; give a number from 0 on and below 1"),
+        (["--alpha", "nan"], "--alpha is nan; give a number above 0"),
+        (["--warmup", "-1"], "--warmup is -1; give a whole number from 0 on"),
+        (["--dtype", "int32"], "dtype is 'int32'; write a floating one"),
+        (["--batch", "25"], "24 examples do not fill a batch of 25; lower --batch"),
+        (["--max-new", "300", "--warmup", "0"], "--max-new 300 exceed the model's 256 positions"),
+        (["--config", "nowhere.json"], "error: --config: .*nowhere.json.*. Give a file of settings such as"),
+        (["--config", __file__], "error: --config: Extra data.*. Give a file of settings"),
     ],
 )
 def test_a_mistake_ends_with_one_line(corpus, flags, message):
     with pytest.raises(SystemExit, match=message):
         compare.main(["--model", str(TINY), "--data", str(corpus), "--out", str(corpus / "out"), *flags])
+    assert not (corpus / "out").exists()  # nothing was trained
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--decode", "--seeds", "--epochs", "--batch"])
+def test_nothing_is_trained_on_a_number_below_one(flag):
+    with pytest.raises(SystemExit, match=f"error: {flag} is 0; give a whole number above 0."):
+        compare.main([flag, "0"])
+
+
+def test_rates_that_are_no_json_are_named(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--rates", "{full: 1}"])
+    assert "'{full: 1}' is no JSON: " in capsys.readouterr().err
+
+
+def test_only_the_committed_settings_fill_the_readme():
+    def committed(*flags):
+        return compare.is_committed(parse("--config", str(compare.CONFIG), *flags))
+
+    assert committed() and committed("--run-dir", "elsewhere")
+    for flags in (["--seeds", "2"], ["--name", "other"], ["--out", "elsewhere"], ["--model", "other"]):
+        assert not committed(*flags)
+    assert not compare.is_committed(parse())
 
 
 def test_weights_that_are_gone_are_named(tmp_path):

@@ -12,10 +12,12 @@ what is missing.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import shlex
 import sys
 import time
@@ -40,17 +42,22 @@ from experiments.models import generate, llama
 from experiments.records import fill, markdown, provenance, write
 
 HERE = Path(__file__).parent
+CONFIG = HERE / "compare.json"
 
 EPILOG = """\
 examples:
   the committed result (stories260K, about an hour on two cores):
     python -m experiments.e2e_nlg.compare --config experiments/e2e_nlg/compare.json
   the paper's settings on a model from the Hugging Face hub (wants a GPU):
-    python -m experiments.e2e_nlg.compare --model HuggingFaceTB/SmolLM2-135M --dtype bfloat16
+    python -m experiments.e2e_nlg.compare --model HuggingFaceTB/SmolLM2-135M --dtype bfloat16 \\
+        --out my/results
   two ways, one learning rate each, on a folder with config.json, tokenizer.json and safetensors:
-    python -m experiments.e2e_nlg.compare --model path/to/llama --rates '{"full": [3e-5], "lora_qv": [2e-4]}'
+    python -m experiments.e2e_nlg.compare --model path/to/llama --out my/results \\
+        --rates '{"full": [3e-5], "lora_qv": [2e-4]}'
 
 order: a default, then what --config says, then the other flags. For the data see experiments.e2e_nlg.run."""
+
+SOME_RATES = """'{"full": [3e-5], "lora_qv": [1e-4, 2e-4]}'"""
 
 RATES = {
     "full": (1e-5, 3e-5, 1e-4),
@@ -61,6 +68,13 @@ RATES = {
 }
 
 
+def rates_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}; write {SOME_RATES}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Defaults are the LoRA paper's for GPT-2 medium (arXiv:2106.09685, table 11) where it has them."""
@@ -69,7 +83,7 @@ class Settings:
     data: str | None = setting(None, str, "a folder of your own with train.txt, valid.txt and test.txt")
     dtype: str | None = setting(None, str, "dtype of the base, such as bfloat16; as stored if not given")
     rates: Any = setting(
-        None, json.loads, f"JSON: ways, each with the rates to choose from [{json.dumps(RATES)}]"
+        None, rates_of, f"JSON: ways, each with the rates to choose from [{json.dumps(RATES)}]"
     )
     seeds: int = setting(3, int, "runs of each way at its rate; the first chooses it")
     rank: int = setting(4, int, "of LoRA")
@@ -98,6 +112,38 @@ class Settings:
     run_dir: str | None = setting(None, str, "where finished parts are kept; by default OUT/NAME_run")
 
 
+# Numbers that may be zero, and those that are shares; all others are above zero.
+FROM_ZERO = ("dropout", "weight_decay", "warmup", "label_smoothing", "no_repeat", "length_penalty")
+SHARES = ("dropout", "label_smoothing")
+
+
+def check(settings: Settings) -> None:
+    """Refuse what would end in the middle of training, or train nothing.
+
+    Raises:
+        DataError: a number is out of its range, or the rates are not of ways that there are.
+    """
+    for field in dataclasses.fields(settings):
+        name, kind, x = field.name, field.metadata["kind"], getattr(settings, field.name)
+        if kind not in (int, float) or (x is None and field.default is None):
+            continue
+        within = isinstance(x, (int, kind)) and x < (1 if name in SHARES else math.inf)
+        if not within or x < 0 or (x == 0 and name not in FROM_ZERO):
+            wanted = "a whole number" if kind is int else "a number"
+            wanted += " from 0 on" if name in FROM_ZERO else " above 0"
+            wanted += " and below 1" if name in SHARES else ""
+            raise DataError(f"--{name.replace('_', '-')} is {x!r}; give {wanted}.")
+    if not isinstance(settings.rates, dict) or not settings.rates:
+        raise DataError(f"--rates are {settings.rates!r}; write ways with their rates, as {SOME_RATES}.")
+    if unknown := sorted(set(settings.rates) - set(methods.WAYS)):
+        raise DataError(f"there are no ways {unknown} to adapt; --rates takes {', '.join(methods.WAYS)}.")
+    for way, rates in settings.rates.items():
+        listed = rates if isinstance(rates, (list, tuple)) else []
+        good = {f"{x:g}" for x in listed if isinstance(x, (int, float)) and 0 < x < math.inf}
+        if not good or len(good) < len(listed):
+            raise DataError(f"--rates has {rates!r} for {way!r}; give a list of different numbers above 0.")
+
+
 # --- The model and the data ----------------------------------------------------------------------------
 
 
@@ -118,13 +164,19 @@ class Task(NamedTuple):
 
 def load(settings: Settings) -> Task:
     folder = find_model(settings.model)
-    model, params = llama.load(folder, settings.dtype)
+    try:
+        model, params = llama.load(folder, settings.dtype)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     eos = model.config.eos_id
     if eos is None:
         raise DataError(f"{folder}/config.json names no eos_token_id; add it, so that texts can end.")
     bos = eos if model.config.bos_id is None else model.config.bos_id
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     train = data.encode(data.load_split("train", settings.data), tokenizer, settings.length, bos, eos)
+    if len(train) < settings.batch:
+        raise DataError(f"{len(train)} examples do not fill a batch of {settings.batch}; lower --batch.")
+    epochs = settings.epochs * (len(train) // settings.batch)
     valid = run.spaced(data.load_split("valid", settings.data), settings.eval_examples)
     test: dict[str, list[str]] = {}
     for mr, text in data.load_split("test", settings.data):
@@ -139,7 +191,7 @@ def load(settings: Settings) -> Task:
         train,
         data.encode(valid, tokenizer, train.tokens.shape[1], bos, eos),
         {mr: test[mr] for mr in run.spaced(list(test), settings.decode)},
-        settings.steps or settings.epochs * (len(train) // settings.batch),
+        epochs if settings.steps is None else settings.steps,
     )
 
 
@@ -190,7 +242,10 @@ def system(task: Task, way: str) -> System:
             prefix=settings.prefix,
         )
 
-    within = (lambda fn: fn) if way == "base" else prepared(0).within
+    try:
+        within = (lambda fn: fn) if way == "base" else prepared(0).within
+    except ValueError as error:
+        raise DataError(f"this model cannot be adapted by {way!r}: {error}") from None
     smoothed = within(functools.partial(_losses, model, settings.label_smoothing))
 
     def loss_fn(params: Any, batch: Any, key: Any) -> jax.Array:
@@ -258,6 +313,18 @@ def _beam(task: Task) -> Callable[..., jax.Array]:
         no_repeat_ngram_size=settings.no_repeat,
     )
     return lambda tree, tokens, valid: search(tree, tokens + task.model.config.vocab_size, valid)
+
+
+def check_positions(task: Task) -> None:
+    """Refuse texts that may become longer than the model allows; else only the beam search would."""
+    settings, most = task.settings, task.model.config.max_positions
+    longest = max(map(len, data.encode_prompts(list(task.test), task.tokenizer, task.bos)))
+    front = settings.prefix if {"prefix", "lora_prefix"} & settings.rates.keys() else 0
+    if front + longest + settings.max_new > most:
+        raise DataError(
+            f"a prefix of {front}, a meaning of {longest} tokens and --max-new {settings.max_new} exceed the "
+            f"model's {most} positions; lower --max-new or --prefix."
+        )
 
 
 def say(task: Task, search: Callable[..., jax.Array], tree: Any) -> list[str]:
@@ -543,18 +610,27 @@ def plot(record: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def is_committed(settings: Settings) -> bool:
+    """Whether these are the settings, the name and the folder of the committed result."""
+    known = Settings(**json.loads(CONFIG.read_text()))
+    same = dataclasses.replace(settings, out=known.out, run_dir=None) == known
+    return same and Path(settings.out).resolve() == Path(known.out).resolve()
+
+
 def compare(settings: Settings, command: str) -> dict[str, Any]:
     begin = time.perf_counter()
-    settings = dataclasses.replace(settings, rates=settings.rates or RATES)
-    if unknown := sorted(set(settings.rates) - set(methods.WAYS)):
-        raise DataError(f"there are no ways {unknown} to adapt; --rates takes {', '.join(methods.WAYS)}.")
+    settings = dataclasses.replace(settings, rates=RATES if settings.rates is None else settings.rates)
+    check(settings)
     task = load(settings)
     if settings.warmup >= task.steps:
         raise DataError(f"the warm-up takes {settings.warmup} of {task.steps} steps; lower --warmup.")
+    check_positions(task)
     out = Path(settings.out)
     directory = Path(settings.run_dir or out / f"{settings.name}_run")
     # `base` is no way to adapt, and needs no weights of its own.
     cells = Cells(task, directory, functools.cache(functools.partial(system, task)))
+    for way in settings.rates:  # one that this model has not is refused before any is trained
+        cells.system(way)
     found = make_cells(cells, command)
     mrs = list(task.test)
     record = {
@@ -579,13 +655,16 @@ def compare(settings: Settings, command: str) -> dict[str, Any]:
     }
     write(out / f"{settings.name}.json", record)
     plot(record, out / f"{settings.name}.png")
-    if out.resolve() == (HERE / "results").resolve() and settings.name == "compare":
+    if is_committed(settings):
         fill(HERE / "README.md", {"compare": tables(record)})
     return record
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    settings = run.parse(argv, Settings, "compare", __doc__, EPILOG)
+    try:
+        settings = run.parse(argv, Settings, "compare", __doc__, EPILOG)
+    except (OSError, ValueError) as error:  # of the file of --config
+        raise SystemExit(f"error: --config: {error}. Give a file of settings such as {CONFIG}.") from None
     try:
         record = compare(settings, shlex.join(["python", "-m", "experiments.e2e_nlg.compare", *argv]))
     except DataError as error:
