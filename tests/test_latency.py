@@ -106,6 +106,46 @@ def test_a_way_that_does_nothing_is_found(lost, message):
         run.check_agreement(outputs | {lost: outputs["base"]}, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "--rounds is 0; give a whole number above 0"),
+        (["--seconds", "0"], "--seconds is 0; give a number above 0"),
+        (["--seconds", "nan"], "--seconds is nan; give a number above 0"),
+        (["--settings", "1x600"], "--settings 1x600: all-MiniLM-L6-v2 has 512 positions; give no more"),
+        (["--settings", "1x513", "--model", "roberta-base"], None),
+        (["--settings", "1x513", "--model", "roberta-base", "--rounds", "-1"], "--rounds is -1"),
+        (["--settings", "0x8"], "'0x8' is no BATCHxLENGTH; write two whole numbers, as in 1x128"),
+        (["--settings", "1y8"], "'1y8' is no BATCHxLENGTH"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(flags, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run.main([*flags, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and (message or "roberta-base has 512 positions") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_of_the_config_has_its_rounds(tmp_path, monkeypatch, column):
+    def make(cells, command):
+        for cell in cells:
+            cell.path.parent.mkdir(parents=True, exist_ok=True)
+            cell.path.write_text(json.dumps(cell.identity | column))
+
+    filled = []
+    monkeypatch.setattr(run, "paper", lambda: {"table1_latency_ms": PAPER})
+    monkeypatch.setattr(run, "run_cells", make)
+    monkeypatch.setattr(run, "draw", lambda *_: None)
+    monkeypatch.setattr(run, "fill", lambda *given: filled.append(given))
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    run.main(["--settings", "1x128", "2x64"])
+    record = json.loads((tmp_path / "results" / "all-MiniLM-L6-v2.json").read_text())
+    assert [x["rounds"] for x in record["settings"]["settings"]] == [60, 10] and not filled
+    run.main([])
+    assert len(filled) == 1
+
+
 @recorded
 def test_the_record_holds_what_can_be_made_again():
     """Times are the machine's. Counts are exact, and FLOPs those of any compiler that fuses differently."""

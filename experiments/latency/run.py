@@ -18,6 +18,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -254,8 +255,24 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def setting_of(text: str) -> tuple[int, int]:
-    batch, length = text.split("x")
-    return int(batch), int(length)
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no BATCHxLENGTH; write two whole numbers, as in 1x128")
+    return int(found[1]), int(found[2])
+
+
+def check(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> None:
+    """Refuse what cannot be timed."""
+    if not 0 < settings["seconds"] < math.inf:
+        parser.error(f"--seconds is {settings['seconds']:g}; give a number above 0.")
+    config = PRESETS[settings["model"]]
+    positions = config.max_positions - (config.pad_id + 1 if config.roberta else 0)
+    for x in settings["settings"]:
+        if x["rounds"] < 1:
+            parser.error(f"--rounds is {x['rounds']}; give a whole number above 0.")
+        if x["length"] > positions:
+            name = f"{x['batch']}x{x['length']}"
+            parser.error(f"--settings {name}: {settings['model']} has {positions} positions; give no more.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -270,17 +287,24 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--settings", nargs="+", type=setting_of, metavar="BATCHxLENGTH", help="[the config's]"
     )
-    parser.add_argument("--rounds", type=int, help="for every setting [the config's]")
+    config = json.loads((HERE / "config.json").read_text())
+    rounds = {(x["batch"], x["length"]): x["rounds"] for x in config["settings"]}
+    fewest = min(rounds.values())
+    parser.add_argument(
+        "--rounds", type=int, help=f"of every setting [the config's; {fewest} if it has not the setting]"
+    )
     parser.add_argument("--seconds", type=float, help="of calls in a round, of each way [the config's]")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for the results")
     given = parser.parse_args(arguments)
-    settings = json.loads((HERE / "config.json").read_text())
-    settings |= {name: x for name in ("model", "dtype", "seconds") if (x := getattr(given, name)) is not None}
+    names = ("model", "dtype", "seconds")
+    settings = config | {name: x for name in names if (x := getattr(given, name)) is not None}
     if given.settings is not None:
-        rounds = settings["settings"][0]["rounds"]
-        settings["settings"] = [{"batch": b, "length": n, "rounds": rounds} for b, n in given.settings]
+        settings["settings"] = [
+            {"batch": b, "length": n, "rounds": rounds.get((b, n), fewest)} for b, n in given.settings
+        ]
     if given.rounds is not None:
         settings["settings"] = [x | {"rounds": given.rounds} for x in settings["settings"]]
+    check(parser, settings)
     theirs = paper()["table1_latency_ms"]
     command = shlex.join(["python", "-m", "experiments.latency.run", *arguments])
     common = {name: x for name, x in settings.items() if name != "settings"}
@@ -302,7 +326,7 @@ def main(arguments: Sequence[str]) -> None:
     write(given.out / f"{settings['model']}.json", record)
     draw(record, given.out / f"{settings['model']}.png")
     text = table(record)
-    if given.out.resolve() == HERE / "results":
+    if given.out.resolve() == HERE / "results" and settings == config:
         fill(HERE / "README.md", {"latency": text})
     print(text, end="")
 
