@@ -139,6 +139,68 @@ def test_what_was_made_is_kept_and_other_settings_are_refused(tmp_path):
     run.claim(tmp_path / "work", {"seed": 0, "sizes": [1.0]})
     with pytest.raises(DataError, match="begun with seed 0. Give the same settings"):
         run.claim(tmp_path / "work", {"seed": 1, "sizes": [1.0]})
+    with pytest.raises(DataError, match="begun with seed 0. Give the same settings"):
+        run.claim(tmp_path / "work", {"sizes": [1.0]})
+    with pytest.raises(DataError, match="begun with no dtypes named. Give the same settings"):
+        run.claim(tmp_path / "work", {"dtypes": ["float32"], "seed": 0, "sizes": [1.0]})
+
+
+def test_models_of_one_last_name_do_not_share_files(tmp_path, monkeypatch):
+    def stop(*_):
+        raise DataError("there is no model")
+
+    monkeypatch.setattr(run, "subject", stop)
+    flags = ["--out", str(tmp_path), "--model"]
+    with pytest.raises(SystemExit, match="llama.json would hold several models"):
+        run.main([*flags, "v1/llama", "v2/llama/"])
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="there is no model"):
+            run.main([*flags, "v1/llama"])
+    with pytest.raises(SystemExit, match="llama_run was begun with model 'v1/llama'"):
+        run.main([*flags, "v2/llama"])
+
+
+CONFIG = json.loads((run.HERE / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "cannot be read: No such file or directory. Give a file like"),
+        ("{", "is no JSON: .* Give a file like"),
+        ({"sizes": [1.0]}, r"missing are \['models', 'dtypes', "),
+        (CONFIG | {"sizes": [0]}, r"--sizes are \[0\]; give numbers above 0"),
+        (CONFIG | {"dtypes": ["float8"]}, r"the dtypes \['float8'\] are not served; there are float32, "),
+        (CONFIG | {"bert": {}}, r"'bert' has {}; give each of \['rank', .*\] a number above 0"),
+        (CONFIG | {"llama": CONFIG["llama"] | {"steps": 0}}, "'llama' has .* a number above 0"),
+    ],
+)
+def test_a_broken_config_ends_with_one_line(config, message, tmp_path):
+    path = tmp_path / "mine.json"
+    if config is not None:
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as stop:
+        run.main(["--config", str(path), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
+
+
+def test_only_the_committed_settings_fill_the_readme(tmp_path, monkeypatch):
+    def study(name, settings, work):
+        work.parent.mkdir(exist_ok=True)
+        return {"model": name}
+
+    filled = []
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name, fn in (("study", study), ("draw", lambda *_: None), ("fill", lambda *x: filled.append(x))):
+        monkeypatch.setattr(run, name, fn)
+    monkeypatch.setattr(run, "costs_table", str)
+    monkeypatch.setattr(run, "ways_table", str)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    for flags in (["--model", "stories260K"], ["--sizes", "1"]):
+        run.main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "results"), *flags])
+    assert not filled
+    run.main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "results")])
+    assert len(filled) == 1
 
 
 @pytest.mark.skipif("LORA_JAX_DATA" not in os.environ, reason="set LORA_JAX_DATA to a folder with the data")

@@ -38,7 +38,7 @@ from experiments.data import DataError, find_model, paper
 from experiments.e2e_nlg import data as e2e
 from experiments.glue import data as glue
 from experiments.models import bert, hub, llama
-from experiments.records import fill, markdown, provenance
+from experiments.records import fill, markdown, provenance, read_config
 
 HERE = Path(__file__).parent
 # The one model that comes from the package index; others are folders, or names on the Hugging Face hub.
@@ -420,17 +420,19 @@ def cell(path: Path, make: Callable[[], Any]) -> Any:
 def claim(work: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that was begun with other settings; write them down in a new one."""
     work.mkdir(parents=True, exist_ok=True)
-    if (begun := cell(work / "settings.json", lambda: settings)) != settings:
-        changed = [name for name in settings if begun.get(name) != settings[name]]
+    begun = cell(work / "settings.json", lambda: settings)
+    names = [name for name in begun | settings if begun.get(name) != settings.get(name)]
+    if names:
+        changed = [f"{name} {begun[name]!r}" if name in begun else f"no {name} named" for name in names]
         raise DataError(
-            f"{work} was begun with {', '.join(f'{name} {begun.get(name)!r}' for name in changed)}. Give the "
-            "same settings to go on with it; else another --out, or delete that folder."
+            f"{work} was begun with {', '.join(changed)}. Give the same settings to go on with it; else "
+            "another --out, or delete that folder."
         )
 
 
 def study(name: str, settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """All dtypes and sizes of one model."""
-    claim(work, settings)
+    claim(work, {"model": name} | settings)  # folders are called by the name's end alone
     begin = time.perf_counter()
     made = subject(name, settings, work)
     runner, wrapped = Runner(made), made.wrapped
@@ -610,6 +612,35 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def short(name: str) -> str:
+    """What a model's files are called by."""
+    return name.rstrip("/").split("/")[-1]
+
+
+def above_zero(numbers: Sequence[Any]) -> bool:
+    return all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers)
+
+
+def check(config: dict[str, Any], known: dict[str, Any]) -> None:
+    """Refuse what would end in the middle, or write one model's results over another's.
+
+    Raises:
+        DataError: models have one last name, or a setting is not of the kind that the committed config has.
+    """
+    names = list(map(short, config["models"]))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"{twice[0]}.json would hold several models; give each a command and an --out of its own."
+        )
+    if not config["sizes"] or not above_zero(config["sizes"]):
+        raise DataError(f"--sizes are {config['sizes']}; give numbers above 0.")
+    if unknown := [x for x in config["dtypes"] if x not in COLOURS]:
+        raise DataError(f"the dtypes {unknown} are not served; there are {', '.join(COLOURS)}.")
+    for kind in ("bert", "llama"):
+        if config[kind].keys() != known[kind].keys() or not above_zero(config[kind].values()):
+            raise DataError(f"{kind!r} has {config[kind]}; give each of {[*known[kind]]} a number above 0.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.merging_cost.run",
@@ -622,25 +653,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", type=float, help="rms ΔW/W, in place of the config's")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for the results")
     given = parser.parse_args(arguments)
-    settings = json.loads(given.config.read_text())
-    settings |= {name: x for name in ("models", "sizes") if (x := getattr(given, name))}
-    names = settings.pop("models")
+    committed = json.loads((HERE / "config.json").read_text())
     command = shlex.join(["python", "-m", "experiments.merging_cost.run", *(arguments or sys.argv[1:])])
     results = []
     try:
+        config = read_config(given.config, HERE / "config.json")
+        config |= {name: x for name in ("models", "sizes") if (x := getattr(given, name))}
+        check(config, committed)
+        settings = {name: x for name, x in config.items() if name != "models"}
         with jax.default_matmul_precision("highest"):  # else a GPU would compute float32 in less
-            for name in names:
-                short = name.rstrip("/").split("/")[-1]
-                found = study(name, settings, given.out / f"{short}_run") | {"model": short}
+            for name in config["models"]:
+                stem = short(name)
+                found = study(name, settings, given.out / f"{stem}_run") | {"model": stem}
                 made = provenance(command, ("tokenizers", "grain", "matplotlib"))
                 text = json.dumps(made | {"settings": settings} | found, indent=1)
-                (given.out / f"{short}.json").write_text(text + "\n")
+                (given.out / f"{stem}.json").write_text(text + "\n")
                 results.append(found)
     except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     draw(results, given.out / "merging_cost.png")
     texts = {"costs": costs_table(results), "ways": ways_table(results)}
-    if given.out.resolve() == HERE / "results":
+    if given.out.resolve() == HERE / "results" and config == committed:
         fill(HERE / "README.md", texts)
     print(*texts.values(), sep="\n")
 
