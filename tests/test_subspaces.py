@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from experiments.data import DataError
 from experiments.glue import data
 from experiments.subspaces import run, show
 
@@ -116,10 +117,32 @@ def test_the_whole_way_on_a_tiny_encoder(tiny, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="r2_s0.json was made otherwise"):
         run.main(["--alpha", "4"])
     capsys.readouterr()
-    for wrong in (["--ranks", "4", "4"], ["--ranks", "4"], ["--seeds", "1", "1"]):
+    below = [["--epochs", "0"], ["--batch", "0"], ["--learning-rate", "nan"], ["--length", "2"]]
+    below += [["--ranks", "0", "2"], ["--seeds", "-1", "0"]]
+    for wrong in (["--ranks", "4", "4"], ["--ranks", "4"], ["--seeds", "1", "1"], *below):
         with pytest.raises(SystemExit) as stop:
             run.main(wrong)
-        assert stop.value.code == 2
+        assert stop.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+    # Other settings than the config's are not the README's.
+    before = (tiny / "README.md").read_text()
+    with pytest.raises(SystemExit, match="error: .*was made otherwise"):
+        run.main(["--epochs", "2"])
+    for path in (tiny / "results" / "adapters_run").iterdir():
+        path.unlink()
+    run.main(["--epochs", "2"])
+    assert (tiny / "README.md").read_text() == before
+
+
+def test_the_warm_up_is_compared_where_a_cell_has_it(tmp_path):
+    made, path = run.cells(TINY, tmp_path)[0], tmp_path / "r2_s0.json"
+    assert made.path == path and made.identity["warmup"] == TINY["warmup"]
+    path.write_text(json.dumps(made.identity))
+    other = TINY | {"warmup": 0.5}
+    with pytest.raises(DataError, match="warmup was 0.06, and is 0.5 now"):
+        run.run_cells(run.cells(other, tmp_path)[:1], "")
+    path.write_text(json.dumps({name: x for name, x in made.identity.items() if name != "warmup"}))
+    run.run_cells(run.cells(TINY, tmp_path)[:1], "")
 
 
 # --- The committed record ------------------------------------------------------------------------------

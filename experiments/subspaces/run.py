@@ -29,7 +29,7 @@ import lora_jax
 from experiments.data import DataError
 from experiments.glue import data, metrics
 from experiments.glue import run as glue
-from experiments.glue.cells import Cell, run_cells
+from experiments.glue.cells import Cell, read, run_cells
 from experiments.records import fill, provenance, write
 from experiments.subspaces import show
 from lora_jax import analysis
@@ -118,7 +118,9 @@ def cells(config: dict[str, Any], folder: Path) -> list[Cell]:
             lora_jax.save_adapter(path.with_suffix(".safetensors"), wrapped, overwrite=True)
             return log
 
-        identity = {name: config[name] for name in FLAGS if name not in ("ranks", "seeds")}
+        identity = {name: config[name] for name in (*FLAGS, "warmup") if name not in ("ranks", "seeds")}
+        if path.exists() and "warmup" not in read(path):  # made before it was written down
+            del identity["warmup"]
         found.append(Cell(path, identity | {"rank": rank, "seed": seed}, make))
     return found
 
@@ -259,8 +261,21 @@ def draw(config: dict[str, Any], updates: Updates, record: dict[str, Any], out: 
 # --- The command ---------------------------------------------------------------------------------------
 
 
+def check(parser: argparse.ArgumentParser, config: dict[str, Any]) -> None:
+    """Refuse what cannot be trained or compared."""
+    if len(set(config["ranks"])) != 2 or len(set(config["seeds"])) != 2:
+        parser.error("give two different --ranks, and two different --seeds")
+    if min(config["seeds"]) < 0:
+        parser.error(f"--seeds are {config['seeds']}; give whole numbers from 0 on.")
+    if config["length"] < 3:
+        parser.error(f"--length is {config['length']}; give 3 or more: two tokens of a row are its marks.")
+    for name in ("batch", "epochs", "learning_rate", "alpha", "ranks"):
+        if not 0 < np.min(config[name]) < np.inf:
+            parser.error(f"--{name.replace('_', '-')}: {config[name]} is not above 0; write what is.")
+
+
 def main(arguments: Sequence[str]) -> None:
-    config = json.loads((HERE / "config.json").read_text())
+    committed = json.loads((HERE / "config.json").read_text())
     parser = argparse.ArgumentParser(
         prog="python -m experiments.subspaces.run",
         description=__doc__,
@@ -268,26 +283,26 @@ def main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, text in FLAGS.items():
-        many = isinstance(config[name], list)
+        default = committed[name]
+        many = isinstance(default, list)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(config[name][0] if many else config[name]),
+            type=type(default[0] if many else default),
             nargs=2 if many else None,
-            default=config[name],
-            help=f"{text}; {config[name]}",
+            default=default,
+            help=f"{text}; {default}",
         )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for the results")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
-    config |= options
-    if len(set(config["ranks"])) != 2 or len(set(config["seeds"])) != 2:
-        parser.error("give two different --ranks, and two different --seeds")
+    config = committed | options
+    check(parser, config)
     command = shlex.join(["python", "-m", "experiments.subspaces.run", *arguments])
     try:
         published, made = show.paper(), cells(config, out / "adapters_run")
         run_cells(made, command)
     except (DataError, ModuleNotFoundError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(f"error: {error}") from None
 
     updates = opened(config, out / "adapters_run")
     logs = {cell.path.stem: json.loads(cell.path.read_text()) for cell in made}
@@ -301,7 +316,7 @@ def main(arguments: Sequence[str]) -> None:
     write(out / "subspaces.json", record)
     draw(config, updates, record, out)
     text = show.tables(record)
-    if out.resolve() == HERE / "results":
+    if out.resolve() == HERE / "results" and config == committed:
         fill(HERE / "README.md", {"results": text})
     print(text, end="")
 
