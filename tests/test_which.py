@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from experiments.data import DataError
 from experiments.glue import cells, data, metrics
 from experiments.models import bert
 from experiments.which import e2e, run, sharing, stacked, tables
@@ -230,6 +231,65 @@ def check(record):
     for name, listed in settings["ranks"].items():
         found = [row["rank"] for row in made["ranks"][name]]
         assert found == sorted({*listed, record["under_the_budget"][name]})
+
+
+def sharing_settings(**others):
+    return json.loads((run.HERE / "sharing.json").read_text()) | {"batch": 6, "width": 8} | others
+
+
+def test_batches_that_are_not_there_are_missed():
+    made = problem()
+    assert len(sharing.batches(made, sharing_settings(), 3)) == 3
+    with pytest.raises(DataError, match="up to 8 tokens make 3 batches of 6, not 4; lower --compared-steps"):
+        sharing.batches(made, sharing_settings(), 4)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        (sharing, ["--width", "64"], "--width is 64, of rows of 48 tokens; give no more"),
+        (sharing, ["--rounds", "0"], "--rounds is 0; give a whole number above 0"),
+        (e2e, ["--steps", "0"], "--steps: 0 is not above 0; write what is"),
+        (e2e, ["--ranks", "4", "0"], r"--ranks: [4, 0] is not above 0"),
+        (e2e, ["--learning-rate", "nan"], "--learning-rate: nan is not above 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(module, flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(flags)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_help_shows_the_ranks(capsys):
+    with pytest.raises(SystemExit):
+        e2e.main(["--help"])
+    assert "the ranks [1 2 4 8 16 32 64]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    def missing(settings):
+        raise ModuleNotFoundError("pip install it")
+
+    monkeypatch.setattr(run, "open_problem", missing)
+    with pytest.raises(SystemExit, match="error: pip install it"):
+        sharing.main(["--out", str(tmp_path)])
+
+
+def test_only_the_committed_settings_fill_the_readme(tmp_path, monkeypatch):
+    published = []
+    monkeypatch.setattr(tables, "publish", lambda texts, out: published.append(out))
+    for module in (sharing, e2e):
+        monkeypatch.setattr(module, "texts", lambda record: {"name": "table"})
+    monkeypatch.setattr(e2e, "bleu", dict)
+    monkeypatch.setattr(e2e, "experiment", lambda *_: {})
+    monkeypatch.setattr(e2e, "draw", lambda *_: None)
+    monkeypatch.setattr(sharing, "compare", lambda settings, dtype: {"result": {"dtype": dtype}})
+    monkeypatch.setattr(sharing, "measure", lambda settings, dtype: {"result": {}})
+    for module in (sharing, e2e):
+        module.main(["--batch", "5", "--out", str(tmp_path / "other")])
+        assert not published
+        module.main(["--out", str(tmp_path / "results")])
+        assert published.pop() == tmp_path / "results"
 
 
 # --- The records ---------------------------------------------------------------------------------------

@@ -184,14 +184,18 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--out", type=Path, default=tables.HERE / "results", help="the folder for the results"
     )
-    settings = json.loads((tables.HERE / "e2e.json").read_text())
+    committed = json.loads((tables.HERE / "e2e.json").read_text())
     for name, text in FLAGS.items():
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(settings[name]), help=f"{text} [{settings[name]}]")
-    parser.add_argument("--ranks", type=int, nargs="+", help="the ranks")
+        parser.add_argument(flag, type=type(committed[name]), help=f"{text} [{committed[name]}]")
+    ranks = " ".join(map(str, committed["ranks"]))
+    parser.add_argument("--ranks", type=int, nargs="+", help=f"the ranks [{ranks}]")
     given = vars(parser.parse_args(arguments))
     out = given.pop("out")
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings = committed | {name: value for name, value in given.items() if value is not None}
+    for name in (*FLAGS, "ranks"):
+        if name != "model" and not 0 < np.min(settings[name]) < np.inf:
+            parser.error(f"--{name.replace('_', '-')}: {settings[name]} is not above 0; write what is.")
     command = shlex.join(["python", "-m", "experiments.which.e2e", *arguments])
     try:
         published, found = bleu(), experiment(settings, out / "E2E_run", command)
@@ -200,7 +204,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     record = provenance(command, ("grain", "tokenizers")) | {"settings": settings, "paper": published} | found
     write(out / "E2E.json", record)
     draw(record, out / "E2E.png")
-    tables.publish(texts(record), out)
+    if settings == committed:
+        tables.publish(texts(record), out)
+    else:
+        print("\n".join(texts(record).values()))
     return record
 
 

@@ -66,6 +66,11 @@ def open_problem(settings: dict[str, Any], dtype: Any) -> run.Problem:
 def batches(problem: run.Problem, settings: dict[str, Any], count: int) -> list[Any]:
     stream = data.epoch(problem.task.train, settings["batch"], 0, (settings["width"],))
     found = [batch for batch, _ in zip(stream, range(count), strict=False)]
+    if len(found) < count:
+        raise DataError(
+            f"rows of up to {settings['width']} tokens make {len(found)} batches of {settings['batch']}, not "
+            f"{count}; lower --compared-steps or --batch, or raise --width."
+        )
     weight = jax.tree.leaves(problem.params)[0].dtype
     return [batch | {"weight": batch["weight"].astype(weight)} for batch in found]
 
@@ -256,16 +261,19 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=run.HERE / "results", help="the folder for the result")
-    settings = json.loads((run.HERE / "sharing.json").read_text())
+    committed = json.loads((run.HERE / "sharing.json").read_text())
     for name, text in FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} [{settings[name]}]")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} [{committed[name]}]")
     given = vars(parser.parse_args(arguments))
     out = given.pop("out")
-    settings |= {name: value for name, value in given.items() if value is not None}
-    command, folder = (
-        shlex.join(["python", "-m", "experiments.which.sharing", *arguments]),
-        out / "sharing_run",
-    )
+    settings = committed | {name: value for name, value in given.items() if value is not None}
+    for name in FLAGS:
+        if settings[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} is {settings[name]}; give a whole number above 0.")
+    if settings["width"] > settings["length"]:
+        parser.error(f"--width is {settings['width']}, of rows of {settings['length']} tokens; give no more.")
+    command = shlex.join(["python", "-m", "experiments.which.sharing", *arguments])
+    folder = out / "sharing_run"
     parts = [("float32", compare, "float32"), ("float64", compare, "float64"), ("costs", measure, "float32")]
     made = [
         cells.Cell(folder / f"{name}.json", {"settings": settings}, functools.partial(part, settings, dtype))
@@ -273,13 +281,16 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     ]
     try:
         cells.run_cells(made, command)
-    except DataError as error:
+    except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     *found, measured = (json.loads(cell.path.read_text())["result"] for cell in made)
     record = provenance(command, ("tokenizers",)) | {"settings": settings}
     record |= {"curves": {x["dtype"]: x for x in found}, "costs": measured}
     write(out / "sharing.json", record)
-    tables.publish(texts(record), out)
+    if settings == committed:
+        tables.publish(texts(record), out)
+    else:
+        print("\n".join(texts(record).values()))
     return record
 
 
