@@ -661,10 +661,7 @@ def compare(settings: Settings, command: str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    try:
-        settings = run.parse(argv, Settings, "compare", __doc__, EPILOG)
-    except (OSError, ValueError) as error:  # of the file of --config
-        raise SystemExit(f"error: --config: {error}. Give a file of settings such as {CONFIG}.") from None
+    settings = run.parse(argv, Settings, "compare", __doc__, EPILOG)
     try:
         record = compare(settings, shlex.join(["python", "-m", "experiments.e2e_nlg.compare", *argv]))
     except DataError as error:

@@ -117,7 +117,13 @@ def parse(
         parser.add_argument(flag, type=field.metadata["kind"], default=argparse.SUPPRESS, help=text)
     values = vars(parser.parse_args(argv))
     if config := values.pop("config"):
-        from_file = json.loads(Path(config).read_text())
+        try:
+            from_file = dict(json.loads(Path(config).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            example = Path(__file__).with_name("config.json")
+            raise SystemExit(
+                f"error: --config: {error}. Give a file of settings such as {example}."
+            ) from None
         if unknown := sorted(set(from_file) - set(fields)):
             parser.error(f"{config}: no such setting: {unknown}; there are {sorted(fields)}")
         values = from_file | values
@@ -311,7 +317,7 @@ def run(settings: Settings, command: str) -> dict[str, Any]:
     length = train_set.tokens.shape[1]
     valid_pairs = spaced(pairs["valid"], settings.eval_examples)
     valid_set = data.encode(valid_pairs, tokenizer, length, bos, eos)
-    steps = settings.steps or settings.epochs * (len(train_set) // settings.batch)
+    steps = settings.epochs * (len(train_set) // settings.batch) if settings.steps is None else settings.steps
     if settings.warmup >= steps:
         raise DataError(f"the warm-up takes {settings.warmup} of {steps} steps; lower --warmup.")
 

@@ -34,11 +34,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lora_jax
-from experiments.data import DataError, find_model, paper
+from experiments.data import DataError, find_model, paper, read_config
 from experiments.e2e_nlg import data as e2e
 from experiments.glue import data as glue
 from experiments.models import bert, hub, llama
-from experiments.records import fill, markdown, provenance, read_config
+from experiments.records import fill, markdown, provenance
 
 HERE = Path(__file__).parent
 # The one model that comes from the package index; others are folders, or names on the Hugging Face hub.
