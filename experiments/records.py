@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+# All but the pages, which runs fill with their tables.
+CODE = ("--", ":/", ":(top,exclude)*.md")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -21,7 +23,7 @@ def provenance(command: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "command": command,
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", *CODE)),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in (*PACKAGES, *packages)},
         "machine": {

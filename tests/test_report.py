@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -62,6 +63,28 @@ def test_every_command_imports_the_records_cheaply():
     names = [n.name for x in body if isinstance(x, ast.Import) for n in x.names]
     names += [x.module for x in body if isinstance(x, ast.ImportFrom)]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "jax"}
+
+
+def test_pages_that_runs_fill_are_no_changes_of_the_code(tmp_path):
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q", "..")
+    for name in ("README.md", "run.py", "../code.py", "../README.md"):
+        (folder / name).write_text("")
+    git("add", "-A", "..")
+    git("commit", "-qm", "all")
+    (folder / "README.md").write_text("a table")
+    (tmp_path / "README.md").write_text("a table")
+    assert git("status", "--porcelain", *records.CODE) == ""
+    for name in ("run.py", "../code.py"):
+        (folder / name).write_text("changed")
+        assert git("status", "--porcelain", *records.CODE).startswith(" M ")
+        git("checkout", "-q", "--", name)
 
 
 def test_texts_are_put_into_their_places(tmp_path):
