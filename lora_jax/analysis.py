@@ -9,17 +9,22 @@ left singular vectors are the `outputs` here, its right ones the `inputs`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax import nnx
-from lora_jax.params import require_wrapped
-from lora_jax.tree import leaves_with_path
-from lora_jax.weight import LoraWeight, is_wrapped_leaf
+from lora_jax.params import Adapter, require_wrapped
+from lora_jax.tree import is_box, leaves_with_path, some
+from lora_jax.weight import AXIS_KINDS, FullWeight, LoraWeight, is_wrapped_leaf, sizes
+
+_EPS = float(np.finfo(np.float64).eps)
 
 
 class SVD(NamedTuple):
@@ -43,11 +48,12 @@ class Amplification(NamedTuple):
 
     Attributes:
         update: ‖ΔW‖.
-        weight: ‖W‖.
+        weight: ‖W‖; of a fused kernel, W's columns of the adapted parts, here and below.
         onto_update: ‖Uᵀ W V‖ with the k singular directions of ΔW.
         onto_weight: The same with W's own top k directions, the largest that it can be.
         onto_random: The same with random directions: the root of the mean of its square.
-        factor: update / onto_update; nan for an update that is zero, inf where W has nothing there.
+        factor: update / onto_update; nan for an update that is zero, inf where W has nothing there, both
+            up to the rounding of float64.
     """
 
     update: np.ndarray
@@ -65,25 +71,22 @@ def svd(weight: LoraWeight) -> SVD:
     an r × r matrix gives :math:`U = Q_A X` and :math:`V = Q_B Y`: work of order (in + out) r².
 
     Args:
-        weight: A `LoraWeight`, of concrete arrays; its w may be None, as in an `Adapter`.
+        weight: A `LoraWeight`, of concrete arrays; its w may be None, as in an `Adapter`. It may lie in the
+            nnx Variable or the Linen box that it has in its tree.
 
     Returns:
         An `SVD`. The directions of singular values that are zero are arbitrary.
 
     Raises:
-        ValueError: a factor is missing, or has an entry that is infinite or not a number; the weight was
-            stacked after it was made.
-        TypeError: it is no LoraWeight, or a factor no array of real floating numbers.
+        ValueError: a factor is missing, or has an entry that is infinite or not a number; the shapes do
+            not fit; the weight was stacked after it was made.
+        TypeError: it is no LoraWeight, or a factor no array of real floating numbers, or traced.
 
     >>> weight = LoraWeight(np.zeros((3, 2)), np.diag([3.0, 4.0])[[0, 1, 1]], np.eye(2), scale=2.0)
     >>> svd(weight).values.round(6).tolist()
     [11.313708, 6.0]
     """
-    a, b, scale = (_float64(x, _name(weight)) for x in _factors(weight))
-    left, lower = np.linalg.qr(a)
-    right, upper = np.linalg.qr(_transposed(b))
-    x, values, y = np.linalg.svd(scale[..., None, None] * (lower @ _transposed(upper)), full_matrices=False)
-    return SVD(left @ x, values, right @ _transposed(y))
+    return _decomposed(_held(weight))[0]
 
 
 def effective_rank(values: Any) -> np.ndarray:
@@ -95,14 +98,15 @@ def effective_rank(values: Any) -> np.ndarray:
     The definition is that of "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 
     Args:
-        values: Singular values, such as `svd(weight).values`: shape batch + (k,), in any order.
+        values: Singular values, such as `svd(weight).values`: shape batch + (k,), in any order; an array or
+            lists, of floating numbers or integers.
 
     Returns:
         float64 of shape batch.
 
     Raises:
         ValueError: a value is negative or not finite, or there is no axis of values.
-        TypeError: they are no floating numbers.
+        TypeError: they are no real numbers, or traced.
 
     >>> float(effective_rank(np.array([2.0, 2.0, 0.0]))), float(effective_rank(np.zeros(3)))
     (2.0, 0.0)
@@ -134,8 +138,7 @@ def stable_rank(values: Any) -> np.ndarray:
     1.5
     """
     values = _values(values, "stable_rank")
-    largest = values.max(-1, keepdims=True, initial=0.0)
-    return np.sum((values / np.where(largest > 0, largest, 1.0)) ** 2, -1)
+    return np.sum(values**2, -1)
 
 
 def subspace_similarity(first: Any, second: Any, of: Literal["a", "b", "in", "out"] = "a") -> np.ndarray:
@@ -151,8 +154,8 @@ def subspace_similarity(first: Any, second: Any, of: Literal["a", "b", "in", "ou
     metric d of its appendix G, φ = 1 - d²/p; the appendix misprints it as (1 - d²)/p.
 
     Args:
-        first: A `LoraWeight`, or an array of shape batch + (d, n), whose left singular vectors are taken: a
-            matrix of random numbers, or w.
+        first: A `LoraWeight`, as for `svd`, or an array of shape batch + (d, n), whose left singular vectors
+            are taken: a matrix of random numbers, or w.
         second: The same, with the same batch shape and d.
         of: Whose directions to take of a LoraWeight: those of factor "a", as the paper does (its right
             singular vectors; d is in), of factor "b" (d is out), or of the update s·A·B, among the
@@ -174,6 +177,7 @@ def subspace_similarity(first: Any, second: Any, of: Literal["a", "b", "in", "ou
     """
     if of not in ("a", "b", "in", "out"):
         raise ValueError(f"subspace_similarity: of is {of!r}; write 'a', 'b', 'in' or 'out'.")
+    first, second = _held(first), _held(second)
     (u1, defined1), (u2, defined2) = _directions(first, of), _directions(second, of)
     if u1.shape[:-1] != u2.shape[:-1]:
         raise ValueError(
@@ -184,7 +188,7 @@ def subspace_similarity(first: Any, second: Any, of: Literal["a", "b", "in", "ou
     total = overlap.cumsum(-2).cumsum(-1)
     i, j = (np.arange(1, n + 1) for n in total.shape[-2:])
     defined = defined1[..., :, None] & defined2[..., None, :]
-    return np.where(defined, total / np.minimum(i[:, None], j), np.nan)
+    return np.where(defined, np.minimum(total / np.minimum(i[:, None], j), 1.0), np.nan)
 
 
 def amplification(weight: LoraWeight) -> Amplification:
@@ -222,15 +226,18 @@ def amplification(weight: LoraWeight) -> Amplification:
     >>> [round(float(x), 3) for x in found]
     [6.0, 5.025, 0.5, 4.0, 1.675, 12.0]
     """
-    u, values, v = svd(weight)
-    w = _float64(_base(weight), _name(weight))
-    defined = _defined(values, u.shape[-2], v.shape[-2])
+    weight = _held(weight)
+    (u, values, v), defined = _decomposed(weight)
+    outputs = _outputs(weight)
+    v, w = v[..., outputs, :], _float64(_base(weight)[..., outputs], f"w of {_name(weight)}")
     count = defined.sum(-1)
     inside = (_transposed(u) @ w @ v) * (defined[..., :, None] & defined[..., None, :])
-    own = np.linalg.svd(w, compute_uv=False)[..., : values.shape[-1]] * defined
+    own = np.linalg.svd(w, compute_uv=False)
+    own = own * (np.arange(own.shape[-1]) < count[..., None])
     update, size, onto = _norm(values[..., None]), _norm(w), _norm(inside)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = np.where(count > 0, update / onto, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor = np.where(onto > _EPS * max(w.shape[-2:]) * size, update / onto, np.inf)
+    factor = np.where(count > 0, factor, np.nan)
     random = size * count / math.sqrt(w.shape[-2] * w.shape[-1])
     return Amplification(update, size, onto, _norm(own[..., None]), random, factor)
 
@@ -243,14 +250,16 @@ def matrices(wrapped: Any) -> dict[str, LoraWeight]:
     rank 0 is not there. The update is that of the tree.
 
     Args:
-        wrapped: A tree from `wrap`, an `nnx.Module`, or the `leaves` of an `Adapter`, which have no w.
+        wrapped: A tree from `wrap`, an `nnx.Module`, or an `Adapter`, whose leaves have no w.
 
     Returns:
         LoraWeights of numpy arrays, in the dtypes that they had, by name: the path, then the layer and the
         part's outputs as they would be indexed, such as layers/qkv/kernel[3][:, 0:64].
 
     Raises:
-        ValueError: no leaf is adapted; parts of a kernel overlap; or as for `svd`.
+        ValueError: no leaf is adapted, or none with a rank; two matrices would have one name; parts of a
+            kernel overlap; or as for `svd`.
+        TypeError: as for `svd`.
 
     >>> import lora_jax
     >>> params = {"layers": {"kernel": jnp.ones((2, 8, 12))}}
@@ -261,32 +270,49 @@ def matrices(wrapped: Any) -> dict[str, LoraWeight]:
     >>> [(name, x.shape, x.rank) for name, x in matrices(fused).items()]
     [('qkv/kernel[:, 0:4]', (8, 4), 2), ('qkv/kernel[:, 8:12]', (8, 4), 2)]
     """
-    tree, _ = nnx.opened(wrapped)
+    tree, _ = nnx.opened(wrapped.leaves if isinstance(wrapped, Adapter) else wrapped)
     require_wrapped(tree, "matrices")
-    found = {}
-    for path, leaf in leaves_with_path(tree, is_wrapped_leaf):
-        if not isinstance(leaf, LoraWeight):
-            continue
-        a, b, scale = _factors(leaf)
-        w = None if leaf.w is None else _base(leaf)
-        for place in np.ndindex(scale.shape):
-            name = path + "".join(f"[{i}]" for i in place)
-            for label, columns, outputs in _parts(leaf):
-                left, right = a[place][:, columns], b[place][columns][:, outputs]
-                alive = left.any(0) | right.any(1)
-                if alive.any():
-                    found[name + label] = leaf.replace(
-                        w=None if w is None else w[place][:, outputs],
-                        a=left[:, alive],
-                        b=right[alive],
-                        scale=scale[place],
-                        axes=("in", "out"),
-                        path=name + label,
-                        blocks=(),
-                    )
-    if not found:
+    adapted = [
+        leaf.replace(path=path or leaf.path)
+        for path, leaf in leaves_with_path(tree, is_wrapped_leaf)
+        if isinstance(leaf, LoraWeight)
+    ]
+    if not adapted:
         raise ValueError("matrices was given a tree in which no leaf is adapted; see lora_jax.summary(tree).")
+    found: dict[str, LoraWeight] = {}
+    for matrix in itertools.chain.from_iterable(map(_matrices, adapted)):
+        if matrix.path in found:
+            raise ValueError(
+                f"two matrices would be called {matrix.path!r}. Rename one of the leaves, or give them in "
+                "two trees."
+            )
+        found[matrix.path] = matrix
+    if not found:
+        raise ValueError(
+            f"in all that is adapted, {some(leaf.path for leaf in adapted)}, a and b are both zero, as in a "
+            "layer of rank 0: there is no matrix to take. svd takes such a leaf as it is."
+        )
     return found
+
+
+def _matrices(leaf: LoraWeight) -> Iterator[LoraWeight]:
+    a, b, scale = _factors(leaf)
+    w = None if leaf.w is None else _base(leaf)
+    for place in np.ndindex(scale.shape):
+        name = leaf.path + "".join(f"[{i}]" for i in place)
+        for label, columns, outputs in _parts(leaf):
+            left, right = a[place][:, columns], b[place][columns][:, outputs]
+            alive = left.any(0) | right.any(1)
+            if alive.any():
+                yield leaf.replace(
+                    w=None if w is None else w[place][:, outputs],
+                    a=left[:, alive],
+                    b=right[alive],
+                    scale=scale[place],
+                    axes=("in", "out"),
+                    path=name + label,
+                    blocks=(),
+                )
 
 
 def _parts(leaf: LoraWeight) -> Iterator[tuple[str, slice, Any]]:
@@ -305,8 +331,56 @@ def _parts(leaf: LoraWeight) -> Iterator[tuple[str, slice, Any]]:
         yield f"[:, {label}]", slice(*ranks), np.concatenate([np.arange(*span) for span in many])
 
 
+def _outputs(leaf: LoraWeight) -> Any:
+    """The outputs of all adapted parts."""
+    if not leaf.blocks:
+        return slice(None)
+    return np.unique(np.concatenate([np.arange(*span) for _, span in leaf.blocks]))
+
+
+def _held(x: Any) -> Any:
+    """What an nnx Variable or a Linen box holds; anything else as it is."""
+    held = jax.tree.leaves(x, is_leaf=is_wrapped_leaf) if is_box(x) else [x]
+    return held[0] if len(held) == 1 else x
+
+
+def _decomposed(weight: LoraWeight) -> tuple[SVD, np.ndarray]:
+    """The SVD of an update, and which of its directions are not arbitrary (batch, k)."""
+    a, b, scale = (x.astype(np.float64) for x in _factors(weight))
+    left, lower = np.linalg.qr(a)
+    right, upper = np.linalg.qr(_transposed(b))
+    x, values, y = np.linalg.svd(scale[..., None, None] * (lower @ _transposed(upper)), full_matrices=False)
+    # Factors whose product cancels leave rounding of their own size, not of the product's.
+    size = np.abs(scale) * _spectral_norm(lower) * _spectral_norm(upper)
+    defined = _defined(values, size, a.shape[-2], b.shape[-1])
+    return SVD(left @ x, values, right @ _transposed(y)), defined
+
+
 def _factors(weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The factors (batch, in, r) and (batch, r, out), flattened by kind, and the scale (batch,)."""
+    _require_factors(weight)
+    _require_fitting(weight)
+    names = {x: f"{x} of {_name(weight)}" for x in ("a", "b", "scale")}
+    a, b, scale = (_array(getattr(weight, x), name) for x, name in names.items())
+    a = a.reshape(*scale.shape, -1, weight.rank)
+    b = b.reshape(*scale.shape, weight.rank, -1)
+    if weight.blocks:
+        # Not live_b, for which jax would round float64 where it has none.
+        inside = np.zeros(b.shape[-2:], bool)
+        for (r0, r1), (o0, o1) in weight.blocks:
+            inside[r0:r1, o0:o1] = True
+        b = np.where(inside, b, np.zeros((), b.dtype))
+    for x, name in zip((a, b, scale), names.values(), strict=True):
+        _require_finite(x, name)
+    return a, b, scale
+
+
+def _require_factors(weight: Any) -> None:
+    if isinstance(weight, FullWeight):
+        raise TypeError(
+            f"{_name(weight)} was trained in full; it has no factors. Of its update give subspace_similarity "
+            "the array: leaf.value - w, with the base's w."
+        )
     if not isinstance(weight, LoraWeight):
         raise TypeError(
             f"{_name(weight)} is no LoraWeight; give a leaf of the tree that lora_jax.wrap returned, or one "
@@ -314,82 +388,112 @@ def _factors(weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         )
     if weight.a is None or weight.b is None or weight.scale is None:
         raise ValueError(
-            f"the LoraWeight at {weight.path!r} is one half of a partition. Give the whole: "
-            "lora_jax.combine(trainable, frozen)."
+            f"{_name(weight)} is one half of a partition. Give the whole: "
+            "lora_jax.combine(trainable, frozen), or state.wrapped of a TrainState."
         )
-    batch, inner, outer = (len(weight.axes_of(kind)) for kind in ("batch", "in", "out"))
-    sizes = [tuple(np.shape(x)) for x in (weight.a, weight.b, weight.scale)]
-    if tuple(map(len, sizes)) != (batch + inner + 1, batch + 1 + outer, batch):
+
+
+def _require_fitting(weight: LoraWeight) -> None:
+    axes = weight.axes
+    n, inner = len(weight.axes_of("batch")), len(weight.axes_of("in"))
+    a, b, scale = (tuple(np.shape(x)) for x in (weight.a, weight.b, weight.scale))
+    w = None if weight.w is None else tuple(np.shape(weight.w))
+    shapes = f"{_name(weight)} has axes {axes}, and w, a, b and scale of shapes {w}, {a}, {b} and {scale}"
+    expected = (n + inner + 1, n + 1 + len(weight.axes_of("out")), n)
+    if (len(a), len(b), len(scale)) != expected or w is not None and len(w) != len(axes):
         raise ValueError(
-            f"the LoraWeight at {weight.path!r} has axes {weight.axes}, and a, b and scale of shapes "
-            f"{', '.join(map(str, sizes))}: it was stacked or mapped after it was made. Take one of the "
-            "stack: jax.tree.map(lambda x: x[0], stacked)."
+            f"{shapes}: it was stacked or mapped after it was made. Take one of the stack: "
+            "jax.tree.map(lambda x: x[0], stacked)."
         )
-    lead, rank = sizes[2], weight.rank
-    a, b, scale = (_array(x, _name(weight)) for x in (weight.a, weight.live_b, weight.scale))
-    return a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1), scale
+    lead, ins, outs = (a[:n], a[n:-1], b[n + 1 :]) if w is None else sizes(w, axes)
+    rank = a[-1]
+    if (a, b, scale) != ((*lead, *ins, rank), (*lead, rank, *outs), lead) or 0 in (*a, *b):
+        raise ValueError(
+            f"{shapes}, which do not fit: a must be batch + in + (rank,), b batch + (rank,) + out and scale "
+            "batch, with no size 0. Make it by lora_jax.LoraWeight(w, a, b, scale, axes), which compares "
+            "them."
+        )
 
 
 def _base(weight: LoraWeight) -> np.ndarray:
     """The weight as (batch, in, out)."""
     if weight.w is None:
         raise ValueError(
-            f"the LoraWeight at {weight.path!r} has no w, as in an Adapter or one half of a partition. Put "
+            f"{_name(weight)} has no w, as in an Adapter or one half of a partition. Put "
             "it on its base: lora_jax.attach(params, adapter), or lora_jax.combine(trainable, frozen)."
         )
-    kinds = ("batch", "in", "out", "unit")
-    w = _array(weight.w, _name(weight))
-    sizes = {kind: [w.shape[axis] for axis in weight.axes_of(kind)] for kind in kinds}
-    w = w.transpose([axis for kind in kinds for axis in weight.axes_of(kind)])
-    return w.reshape(*sizes["batch"], math.prod(sizes["in"]), math.prod(sizes["out"]))
+    w = _array(weight.w, f"w of {_name(weight)}")
+    batch, inner, outer = sizes(w.shape, weight.axes)
+    w = w.transpose([axis for kind in AXIS_KINDS for axis in weight.axes_of(kind)])
+    return w.reshape(*batch, math.prod(inner), math.prod(outer))
 
 
 def _directions(x: Any, of: str) -> tuple[np.ndarray, np.ndarray]:
     """Singular vectors (batch, d, k), and which of them are not arbitrary (batch, k)."""
-    if isinstance(x, LoraWeight):
+    if is_wrapped_leaf(x):
         if of in ("in", "out"):
-            u, values, v = svd(x)
-            return u if of == "in" else v, _defined(values, u.shape[-2], v.shape[-2])
+            found, defined = _decomposed(x)
+            return found.inputs if of == "in" else found.outputs, defined
         a, b, _ = _factors(x)
-        x = _float64(a if of == "a" else _transposed(b), _name(x))
+        x = (a if of == "a" else _transposed(b)).astype(np.float64)
     elif np.ndim(x) < 2:
         raise ValueError(
             f"subspace_similarity: {_name(x)} is no matrix; write an array of shape (..., d, n), or a "
             "LoraWeight."
         )
     else:
-        x = _float64(_array(x, "subspace_similarity"), "subspace_similarity")
+        where = f"{_name(x)} given to subspace_similarity"
+        x = _float64(_array(x, where), where)
     u, values, _ = np.linalg.svd(x, full_matrices=False)
-    return u, _defined(values, *x.shape[-2:])
+    return u, _defined(values, values.max(-1, initial=0.0), *x.shape[-2:])
 
 
-def _defined(values: np.ndarray, *sizes: int) -> np.ndarray:
-    """Which singular values are more than the rounding of their computation."""
-    bound = values.max(-1, keepdims=True, initial=0.0) * max(sizes) * np.finfo(np.float64).eps
-    return values > bound
+def _defined(values: np.ndarray, size: np.ndarray, *shape: int) -> np.ndarray:
+    """Which singular values are more than the rounding of a computation with numbers of a size."""
+    return values > (_EPS * max(shape) * size)[..., None]
 
 
 def _values(values: Any, name: str) -> np.ndarray:
-    values = _float64(_array(values, name), name)
-    if values.ndim < 1 or (values < 0).any():
+    """Singular values in float64, over the largest of them, which no rank depends on."""
+    if isinstance(values, (SVD, LoraWeight)):
+        raise TypeError(
+            f"{name} takes singular values, and no {type(values).__name__}; write {name}(svd(weight).values)."
+        )
+    where = f"what {name} was given"
+    array = _concrete(values, where)
+    if np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.float64)
+    array = _float64(_array(array, where), where)
+    if array.ndim < 1 or (array < 0).any():
         raise ValueError(f"{name} takes singular values, of shape (..., k) and none below zero.")
-    return values
+    largest = array.max(-1, keepdims=True, initial=0.0)
+    return array / np.where(largest > 0, largest, 1.0)
+
+
+def _concrete(x: Any, where: str) -> np.ndarray:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
+        raise TypeError(f"{where} is traced; call it outside of jit, grad and vmap, with concrete arrays.")
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{where} is a ShapeDtypeStruct, which has no values; give the arrays themselves.")
+    return np.asarray(x)
 
 
 def _array(x: Any, where: str) -> np.ndarray:
-    array = np.asarray(x)
+    array = _concrete(x, where)
     # By jax, since numpy does not know bfloat16 and its kin for floating.
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        kind = f"{type(x).__name__} of dtype {array.dtype}"
-        raise TypeError(f"{where}: {kind} is not an array of real floating numbers.")
+        raise TypeError(f"{where} has dtype {array.dtype}, and not one of real floating numbers.")
     return array
 
 
 def _float64(x: np.ndarray, where: str) -> np.ndarray:
-    wide = x.astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise ValueError(f"{where}: some entry is infinite or not a number; its run diverged.")
-    return wide
+    _require_finite(x, where)
+    return x.astype(np.float64)
+
+
+def _require_finite(x: np.ndarray, where: str) -> None:
+    if not np.isfinite(x).all():
+        raise ValueError(f"{where} has an entry that is infinite or not a number; its run diverged.")
 
 
 def _transposed(x: np.ndarray) -> np.ndarray:
@@ -397,10 +501,17 @@ def _transposed(x: np.ndarray) -> np.ndarray:
 
 
 def _norm(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.sum(x**2, axis=(-2, -1)))
+    # The squares of large or small entries would leave float64.
+    largest = np.abs(x).max((-2, -1), keepdims=True, initial=0.0)
+    squares = (x / np.where(largest > 0, largest, 1.0)) ** 2
+    return largest[..., 0, 0] * np.sqrt(np.sum(squares, axis=(-2, -1)))
+
+
+def _spectral_norm(x: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(x, 2, axis=(-2, -1))
 
 
 def _name(x: Any) -> str:
-    if isinstance(x, LoraWeight):
-        return f"the LoraWeight at {x.path!r}" if x.path else "a LoraWeight"
+    if is_wrapped_leaf(x):
+        return f"the {type(x).__name__} at {x.path!r}" if x.path else f"a {type(x).__name__}"
     return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else f"a {type(x).__name__}"

@@ -6,8 +6,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import lora_jax
 from lora_jax import analysis, cli
@@ -52,6 +53,11 @@ def matrices_of(x, axes):
     return {place: x[place] for place in np.ndindex(*sizes["batch"])}
 
 
+def parts_of(w, blocks):
+    """The columns that the adapted parts are."""
+    return np.concatenate([w[:, slice(*span)] for _, span in blocks], axis=1) if blocks else w
+
+
 def close(actual, expected, bound=BOUND):
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape and actual.dtype == np.float64
@@ -84,7 +90,8 @@ def test_amplification_is_that_of_the_dense_update(name):
     found = analysis.amplification(weight)
     bases = matrices_of(weight.w, weight.axes)
     for place, delta in matrices_of(weight.delta(), weight.axes).items():
-        w, (u, values, vt) = bases[place], np.linalg.svd(delta, full_matrices=False)
+        w, delta = (parts_of(x, weight.blocks) for x in (bases[place], delta))
+        u, values, vt = np.linalg.svd(delta, full_matrices=False)
         k = min(weight.rank, *delta.shape)
         onto = np.linalg.norm(u[:, :k].T @ w @ vt[:k].T)
         own_u, _, own_vt = np.linalg.svd(w, full_matrices=False)
@@ -136,6 +143,37 @@ def test_ranks_of_spectra_that_are_known():
     close(analysis.svd(weight).values, [6.0, 2.0])
 
 
+def test_ranks_of_lists_integers_and_numbers_of_any_size():
+    close(analysis.effective_rank([2, 2]), 2.0)
+    close(analysis.stable_rank([[2, 1, 1], [1, 0, 0]]), [1.5, 1.0])
+    for size in (1.5e308, 1e-308):
+        close(analysis.effective_rank([size, size]), 2.0)
+        close(analysis.stable_rank(np.array([size, size])), 2.0)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_norms_of_updates_whose_squares_leave_float64(size):
+    weight = make("layers")
+    found = analysis.amplification(weight.replace(a=weight.a * size, w=weight.w * size))
+    for x, y in zip(found[:-1], analysis.amplification(weight)[:-1], strict=True):
+        close(x / size, y)
+
+
+def test_a_float64_part_is_measured_in_float64_where_jax_has_none():
+    weight = jax.tree.map(np.asarray, make("parts"))
+    with jax.enable_x64(False):
+        values, found = analysis.svd(weight).values, analysis.matrices({"k": weight})
+    close(values, np.linalg.svd(make("parts").delta(), compute_uv=False)[:4])
+    assert all(x.a.dtype == x.b.dtype == np.float64 for x in found.values())
+
+
+def test_amplification_of_one_part_is_that_of_its_matrix():
+    part = make("parts").replace(blocks=(((0, 4), (3, 8)),))
+    (matrix,) = analysis.matrices({"k": part}).values()
+    for x, y in zip(analysis.amplification(part), analysis.amplification(matrix), strict=True):
+        close(x, y)
+
+
 # --- The controls --------------------------------------------------------------------------------------
 # The mean over all spaces along coordinate axes is the mean over all spaces: both have E UUᵀ = (k / m) I.
 
@@ -171,6 +209,12 @@ def test_similarity_with_itself_is_one_and_it_is_symmetric(of):
         analysis.subspace_similarity(second, first, of),
     )
     close(one, np.swapaxes(other, -1, -2))
+
+
+def test_similarity_is_never_more_than_one():
+    for seed in range(20):
+        x = np.random.default_rng(seed).normal(size=(30, 8))
+        assert (analysis.subspace_similarity(x, x) <= 1).all()
 
 
 def test_similarity_is_one_less_the_projection_metric_over_p():
@@ -249,6 +293,19 @@ def test_an_update_of_zero():
     close(analysis.subspace_similarity(weight, weight), np.ones((2, 2)))
 
 
+@pytest.mark.parametrize("name", ["matrix", "rank above both", "rank 1", "heads", "layers"])
+def test_an_update_that_cancels_is_zero_up_to_rounding(name):
+    weight = make(name)
+    rank = len(weight.axes_of("batch"))
+    a, b = jnp.concatenate([weight.a, weight.a], -1), jnp.concatenate([weight.b, -weight.b], rank)
+    twice = weight.replace(a=a, b=b)
+    found = analysis.amplification(twice)
+    assert np.isnan(found.factor).all()
+    close(found.onto_update, np.zeros(weight.scale.shape), bound=0)
+    for of in ("in", "out"):
+        assert np.isnan(analysis.subspace_similarity(twice, weight, of)).all()
+
+
 def test_zeros_that_fill_up_smaller_ranks_count_for_nothing():
     full = make("layers")
     alive = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -266,6 +323,10 @@ def test_zeros_that_fill_up_smaller_ranks_count_for_nothing():
 def test_a_weight_with_nothing_in_those_directions_is_amplified_without_bound():
     weight = LoraWeight(jnp.diag(jnp.array([1.0, 0.0])), jnp.eye(2)[:, 1:], jnp.eye(2)[1:])
     assert np.isinf(analysis.amplification(weight).factor)
+    weight = make("matrix")
+    for a in (weight.a, 1e3 * weight.a):
+        projected = weight.w - a @ np.linalg.lstsq(a, weight.w)[0]
+        assert np.isinf(analysis.amplification(weight.replace(w=projected, a=a)).factor)
 
 
 # --- A tree's matrices ---------------------------------------------------------------------------------
@@ -288,7 +349,8 @@ def test_matrices_have_the_update_and_the_weight(name):
     assert list(found) == list(expected)
     for label, x in found.items():
         delta, base = expected[label]
-        assert x.path == label and x.axes == ("in", "out") and not x.blocks and x.a.dtype == weight.a.dtype
+        assert x.path == label and x.axes == ("in", "out") and not x.blocks
+        assert x.a.dtype == weight.a.dtype and x.b.dtype == weight.b.dtype
         close(x.delta(), delta)
         close(np.asarray(x.w), base)
         close(analysis.svd(x).values, np.linalg.svd(delta, compute_uv=False)[: min(x.rank, *delta.shape)])
@@ -317,6 +379,26 @@ def test_matrices_of_a_module_and_of_an_adapter():
     (update,) = analysis.matrices(lora_jax.adapter(module).leaves).values()
     assert update.w is None and update.rank == 2
     close(analysis.svd(update).values, [0.0, 0.0])
+    assert list(analysis.matrices(lora_jax.adapter(module))) == ["up/kernel"]
+    # The leaves that the module holds are Variables.
+    close(analysis.svd(module.up.kernel).values, [0.0, 0.0])
+    assert analysis.amplification(module.up.kernel).update == 0
+    close(analysis.subspace_similarity(module.up.kernel, module.up.kernel), np.ones((2, 2)))
+
+
+def test_a_leaf_in_a_linen_box():
+    box = linen.Partitioned(make("matrix"), ("x", "y"))
+    close(analysis.svd(box).values, analysis.svd(box.value).values, bound=0)
+    close(analysis.subspace_similarity(box, box.value), np.ones((3, 3)))
+
+
+def test_matrices_have_the_names_of_the_tree():
+    weight = make("matrix")
+    assert list(analysis.matrices({"q": {"kernel": weight}, "v": weight.replace(path="")})) == [
+        "q/kernel",
+        "v",
+    ]
+    assert list(analysis.matrices(weight)) == ["matrix"]
 
 
 def test_inspect_shows_the_very_numbers(tmp_path, capsys):
@@ -340,6 +422,10 @@ def refused():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), weight)
     shape = jax.ShapeDtypeStruct((3, 2), jnp.float32)
     abstract = LoraWeight(shape, shape, jax.ShapeDtypeStruct((2, 2), jnp.float32), path="k")
+    state = lora_jax.TrainState.create({"k": weight}, optax.sgd(1.0), jax.random.key(0))
+    full = lora_jax.FullWeight(weight.w, jnp.float32, "head/kernel")
+    traced = lambda f, x=weight: jax.jit(lambda x: f(x) and None)(x)  # noqa: E731
+    unfit = lambda **changes: lambda: analysis.svd(weight.replace(**changes))  # noqa: E731
     overlapping = weight.replace(blocks=(((0, 1), (0, 3)), ((1, 3), (2, 5))))
     phi = analysis.subspace_similarity
     return {
@@ -358,22 +444,22 @@ def refused():
         "abstract": (
             lambda: analysis.svd(abstract),
             TypeError,
-            "'k': ShapeDtypeStruct .* is not an array of real",
+            "'k' is a ShapeDtypeStruct, which has no values; give the arrays",
         ),
         "complex": (
             lambda: phi(weight.a.astype(complex), weight),
             TypeError,
-            "complex128.* not an array of real",
+            "complex128.* not one of real",
         ),
         "diverged": (
             lambda: analysis.svd(weight.replace(b=weight.b * jnp.nan)),
             ValueError,
-            "'matrix'.*diverged",
+            "^b of the LoraWeight at 'matrix' has an entry that is infinite.*diverged",
         ),
         "infinite w": (
             lambda: analysis.amplification(weight.replace(w=weight.w + jnp.inf)),
             ValueError,
-            "'matrix': some entry is infinite",
+            "^w of the LoraWeight at 'matrix' has an entry that is infinite",
         ),
         "another space": (
             lambda: phi(weight, make("heads")),
@@ -385,7 +471,7 @@ def refused():
         "of what": (lambda: phi(weight, weight, "w"), ValueError, "of is 'w'; write 'a', 'b', 'in' or 'out'"),
         "negative": (lambda: analysis.effective_rank([1.0, -1.0]), ValueError, "effective_rank.*below zero"),
         "a number": (lambda: analysis.stable_rank(2.0), ValueError, "stable_rank takes singular values"),
-        "words": (lambda: analysis.stable_rank("abc"), TypeError, "stable_rank: str of dtype"),
+        "words": (lambda: analysis.stable_rank("abc"), TypeError, "stable_rank was given has dtype <U3"),
         "a plain tree": (
             lambda: analysis.matrices({"k": weight.w}),
             ValueError,
@@ -396,7 +482,75 @@ def refused():
             ValueError,
             "no leaf is adapted",
         ),
-        "overlap": (lambda: analysis.matrices({"k": overlapping}), ValueError, "'matrix' overlap"),
+        "overlap": (lambda: analysis.matrices({"k": overlapping}), ValueError, "'k' overlap"),
+        "diverged in a tree": (
+            lambda: analysis.matrices({"k": weight.replace(a=weight.a * jnp.nan)}),
+            ValueError,
+            "^a of the LoraWeight at 'k' has an entry that is infinite",
+        ),
+        "infinite scale": (unfit(scale=jnp.inf), ValueError, "^scale of the LoraWeight at 'matrix'"),
+        "in full": (lambda: analysis.svd(full), TypeError, "'head/kernel' was trained in full; it has no"),
+        "similarity in full": (lambda: phi(weight, full), TypeError, "'head/kernel' was trained in full"),
+        "a state": (
+            lambda: analysis.matrices(state),
+            ValueError,
+            "one half.*or state.wrapped of a TrainState",
+        ),
+        "svd traced": (
+            lambda: traced(analysis.svd),
+            TypeError,
+            "^a of .*'matrix' is traced; call it outside",
+        ),
+        "svd mapped": (
+            lambda: jax.vmap(analysis.svd)(jax.tree.map(lambda x: x[None], weight)),
+            TypeError,
+            "^a of .*'matrix' is traced; call it outside of jit, grad and vmap",
+        ),
+        "w traced": (
+            lambda: jax.jit(lambda w: analysis.amplification(weight.replace(w=w)).factor)(weight.w),
+            TypeError,
+            "^w of .*'matrix' is traced",
+        ),
+        "similarity traced": (lambda: traced(lambda x: phi(x, x), weight.w), TypeError, "is traced; call it"),
+        "matrices traced": (
+            lambda: traced(analysis.matrices, {"k": weight}),
+            TypeError,
+            "'k' is traced; call",
+        ),
+        "rank traced": (
+            lambda: traced(analysis.effective_rank, weight.a),
+            TypeError,
+            "effective_rank.*is traced",
+        ),
+        "ranks apart": (unfit(b=weight.b[:2]), ValueError, r"'matrix' has axes.*\(2, 5\).*do not fit"),
+        "outputs apart": (unfit(b=weight.b[:, :4]), ValueError, r"'matrix' has axes.*\(3, 4\).*do not fit"),
+        "a scale for each": (
+            unfit(scale=jnp.ones(2)),
+            ValueError,
+            "'matrix' has axes.*Take one of the stack",
+        ),
+        "rank 0": (unfit(a=weight.a[:, :0], b=weight.b[:0]), ValueError, r"'matrix'.*\(7, 0\).*no size 0"),
+        "no layers": (
+            lambda: analysis.svd(jax.tree.map(lambda x: x[:0], make("layers"))),
+            ValueError,
+            r"'layers'.*\(0, 6, 2\).*no size 0",
+        ),
+        "a rank of all zeros": (
+            lambda: analysis.matrices({"k": weight.replace(a=0 * weight.a, b=0 * weight.b)}),
+            ValueError,
+            "'k', a and b are both zero",
+        ),
+        "one name twice": (
+            lambda: analysis.matrices({"q": make("layers"), "q[0]": weight}),
+            ValueError,
+            r"two matrices would be called 'q\[0\]'",
+        ),
+        "an svd": (
+            lambda: analysis.effective_rank(analysis.svd(weight)),
+            TypeError,
+            r"and no SVD; write effective_rank\(svd\(weight\).values\)",
+        ),
+        "a weight": (lambda: analysis.stable_rank(weight), TypeError, "and no LoraWeight; write stable_rank"),
     }
 
 
