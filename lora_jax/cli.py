@@ -113,7 +113,8 @@ MERGE_JSON = """\
 --json prints one object instead of the table:
   out, files, bytes, seconds       the folder, its safetensors files, their bytes, and the time it took
   notes                            what is also on stderr: a prefix, a tied head, what was not copied
-  tensors                          a list of {name, dtype, size, lost, unmoved}; size is rms ΔW/W
+  tensors                          a list of {name, dtype, size, lost, unmoved}; size is rms ΔW/W, null where
+                                   W is zero
   replaced                         the names of the tensors that the adapter holds in full"""
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -441,7 +442,8 @@ def _reported(made: stream.Merged, seconds: float, as_json: bool) -> str:
             "seconds": round(seconds, 2),
             "notes": list(made.notes),
             "tensors": [
-                {"name": x.path, "dtype": x.dtype, "size": x.size, "lost": x.lost, "unmoved": x.unmoved}
+                {"name": x.path, "dtype": x.dtype, "size": x.size if math.isfinite(x.size) else None}
+                | {"lost": x.lost, "unmoved": x.unmoved}
                 for x in made.leaves
             ],
             "replaced": list(made.replaced),

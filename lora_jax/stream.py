@@ -931,7 +931,7 @@ def _leaf(name: str, dtype: str, update: Update, sums: Sums) -> MergedLeaf:
     return MergedLeaf(
         name,
         tensors.DTYPES[dtype].name,
-        size=delta / math.sqrt(sums.old) if sums.old else 0.0,
+        size=delta / math.sqrt(sums.old) if sums.old else math.inf if delta else 0.0,
         lost=math.sqrt(sums.lost) / delta if delta else 0.0,
         unmoved=sums.still / max(sums.updated, 1),
     )

@@ -227,6 +227,16 @@ def test_numbers_whose_squares_underflow_are_counted(tmp_path, capsys, size, upd
     assert tensor["size"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(old), rel=1e-5)
 
 
+def test_a_base_of_zeros_has_no_size_to_compare_with(tmp_path, capsys):
+    base = make_base(tmp_path / "base", {"fc.weight": np.zeros((6, 4), np.float32)})
+    adapter = make_adapter(tmp_path / "adapter", {"fc": linear(6, 4, scale=1e-3)})
+    code, out, err = run(capsys, "merge", base, adapter, tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out)["tensors"][0]["size"] is None
+    code, out, err = run(capsys, "merge", base, adapter, tmp_path / "again")
+    assert code == 0 and " inf " in out, err
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("to", [None, "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
