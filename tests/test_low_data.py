@@ -80,8 +80,6 @@ def test_few_and_all_examples(command, corpus, capsys, monkeypatch):  # noqa: F8
 
 
 def recorded():
-    if not (run.RESULTS / "low_data.json").exists():
-        pytest.skip("there is no record: run `python -m experiments.low_data.run`")
     return record(run.HERE / "config.json"), record(run.RESULTS / "low_data.json")
 
 
