@@ -408,7 +408,15 @@ def test_only_what_is_missing_is_made_and_nothing_is_taken_for_another(config, m
     assert made[1] == ("CoLA", "lora_qv", 0, 3) and (out / "ablations" / name).exists()
     row = record(out / "glue.json")["ablations"][1]
     assert (row["way"], row["differs"]) == ("lora_qv", "learning_rate=0.1_rank=3_targets=query+value")
-    assert row["minus_full"] == {"value": 0, "low": 0, "high": 0, "seeds": [0]}
+    assert row["minus_full"] == {"value": 0, "low": 0, "high": 0, "seeds": [0]} and row["of_the_grid"] == 0
+
+    # Full fine-tuning with the same difference is what it is compared with, not the grid's.
+    path = out / "ablations" / name.replace("lora_qv", "full")
+    perfect = cells.packed(run.data.labels_of(run.data.read("CoLA", "dev"), run.data.LABELS["CoLA"]))
+    path.write_text(json.dumps(record(path) | {"predictions": perfect}))
+    command("table", config)
+    full, lora = record(out / "glue.json")["ablations"]
+    assert lora["minus_full"]["value"] == -1 and "minus_full" not in full
 
 
 def test_the_grid_is_seed_by_seed_with_more_ways_on_some_tasks_and_one_seed_of_others(config):

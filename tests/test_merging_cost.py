@@ -135,6 +135,9 @@ def test_what_was_made_is_kept_and_other_settings_are_refused(tmp_path):
     for _ in range(2):
         assert run.cell(tmp_path / "cell.json", lambda: calls.append(1) or {"x": 1}) == {"x": 1}
     assert len(calls) == 1
+    (tmp_path / "cell.json").write_text('{"x": 1')
+    with pytest.raises(DataError, match=r"cell.json cannot be read: .* Delete it to have it made anew"):
+        run.cell(tmp_path / "cell.json", lambda: {"x": 1})
     run.claim(tmp_path / "work", {"seed": 0, "sizes": [1.0]})
     run.claim(tmp_path / "work", {"seed": 0, "sizes": [1.0]})
     with pytest.raises(DataError, match="begun with seed 0. Give the same settings"):

@@ -297,8 +297,6 @@ def test_only_the_committed_settings_fill_the_readme(tmp_path, monkeypatch):
 
 def recorded(name):
     path = RESULTS / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there yet")
     record = json.loads(path.read_text())
     assert not record["uncommitted_changes"] and record["command"].startswith("python -m experiments.which.")
     return record
@@ -320,7 +318,7 @@ def test_the_record_of_matrices_and_ranks():
 
 def test_the_record_of_sharing():
     record = recorded("sharing.json")
-    for kind, bound in (("float32", 1e-3), ("float64", 1e-11)):
+    for kind, bound in (("float32", 1e-6), ("float64", 1e-14)):
         curves = record["curves"][kind]
         differences = np.abs(np.subtract(curves["together"], curves["apart"]))
         assert differences.shape == (curves["steps"], curves["members"])

@@ -37,7 +37,7 @@ from experiments import methods
 from experiments.data import DataError, find_model, paper
 from experiments.e2e_nlg import data, metrics, run
 from experiments.e2e_nlg.run import setting
-from experiments.glue.cells import Cell, run_cells
+from experiments.glue.cells import Cell, read, run_cells
 from experiments.models import generate, llama
 from experiments.records import fill, markdown, provenance, write
 
@@ -431,10 +431,6 @@ class Cells(NamedTuple):
         return Cell(self.path(way, rate, seed, "texts"), self.identity(way, rate, seed, ()), make)
 
 
-def read(cell: Cell) -> dict[str, Any]:
-    return json.loads(cell.path.read_text())
-
-
 def make_cells(cells: Cells, command: str) -> dict[str, dict[str, Any]]:
     """Make what is missing, and read it: by way, the rates that were tried and what every seed gave."""
     settings = cells.task.settings
@@ -444,7 +440,7 @@ def make_cells(cells: Cells, command: str) -> dict[str, dict[str, Any]]:
     )
     found: dict[str, dict[str, Any]] = {"base": {"learning_rate": None, "seeds": [0]}}
     for way, rates in settings.rates.items():
-        tried = {rate: read(cells.training(way, rate, 0))["validation_loss"] for rate in rates}
+        tried = {rate: read(cells.training(way, rate, 0).path)["validation_loss"] for rate in rates}
         best = min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
         found[way] = {
             "learning_rate": best,
@@ -457,8 +453,8 @@ def make_cells(cells: Cells, command: str) -> dict[str, dict[str, Any]]:
     run_cells([cells.texts(*of_run) for of_run in of_runs], command)
     for way, row in found.items():
         seeds = [(way, row["learning_rate"], seed) for seed in row["seeds"]]
-        row["training"] = [read(cells.training(*of_run)) for of_run in seeds]
-        row["texts"] = [read(cells.texts(*of_run)) for of_run in seeds]
+        row["training"] = [read(cells.training(*of_run).path) for of_run in seeds]
+        row["texts"] = [read(cells.texts(*of_run).path) for of_run in seeds]
     return found
 
 

@@ -39,8 +39,8 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def run_cells(cells: list[Cell], command: str) -> None:
-    """Make those that are missing, one after the other.
+def run_cells(cells: list[Cell], command: str) -> list[dict[str, Any]]:
+    """Make those that are missing, one after the other, and read them all.
 
     Raises:
         DataError: a cell is there that is damaged or was made with other settings, or there is no place to
@@ -69,6 +69,7 @@ def run_cells(cells: list[Cell], command: str) -> None:
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+    return [read(cell.path) for cell in cells]
 
 
 def _differences(known: Any, ours: Any, name: str = "") -> list[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import shlex
 import sys
 import tempfile
@@ -36,7 +35,7 @@ import lora_jax
 from experiments import methods
 from experiments.data import DataError, find_model, read_config
 from experiments.glue import data, metrics
-from experiments.glue.cells import Cell, packed, run_cells
+from experiments.glue.cells import Cell, packed, read, run_cells
 from experiments.glue.table import table
 from experiments.models import bert
 from experiments.records import provenance, write
@@ -436,7 +435,7 @@ def chosen_rates(cells: list[Cell]) -> dict[str, Any]:
     """For every way what each rate gave on the held-out rows, and the rate of the highest mean over tasks."""
     found: dict[str, dict[float, dict[str, float]]] = {}
     for made in cells:
-        record = json.loads(made.path.read_text())
+        record = read(made.path)
         first = metrics.OF_TASK[record["task"]][0]
         # A run that diverged is worse than chance, of which all metrics but accuracy have 0.
         value = -1.0 if record["scores"] is None else record["scores"][first]
@@ -457,7 +456,7 @@ def rate_of(way: str, given: float | None, out: Path) -> float:
     if given is not None:
         return given
     path = out / "sweep.json"
-    choices = json.loads(path.read_text())["ways"] if path.exists() else {}
+    choices = read(path)["ways"] if path.exists() else {}
     if way not in choices:
         raise DataError(
             f"{path} has no learning rate for {way!r}: run `python -m experiments.glue.run sweep` first, or "

@@ -106,7 +106,12 @@ def summarise(config: dict[str, Any], out: Path, command: str) -> dict[str, Any]
         row["ways"][way] = judged(cells, full, labels[name], draws)
     tried = []
     for (name, way, variant), cells in tqdm(ablations.items(), desc="ablations", unit=" systems"):
-        row = judged(cells, grid.get((name, "full", "")), labels[name], draws)
+        # Full fine-tuning that was trained with the same difference, if there is such.
+        full = ablations.get((name, "full", variant)) or grid.get((name, "full", ""))
+        row = judged(cells, full, labels[name], draws)
+        usual = [x["scores"] for seed, x in grid.get((name, way, ""), {}).items() if seed in cells]
+        if len(usual) == len(cells) and None not in usual:
+            row["of_the_grid"] = float(np.mean([x[metrics.OF_TASK[name][0]] for x in usual]))
         tried.append({"task": name, "way": way, "differs": variant} | row)
     some = next((cell for cells in grid.values() for cell in cells.values()), None)
     if some is None:
@@ -224,14 +229,22 @@ def report(record: dict[str, Any]) -> str:
     text += markdown(head, third)
 
     if record["ablations"]:
-        text += "\nAblations, of which each differs from the table's settings in what it names.\n\n"
+        text += (
+            "\nAblations, of which each differs from the table's settings in what it names; the grid's is "
+            "the same way's figure in the table, of the same seeds. Full fine-tuning is the table's, or one "
+            "with the same difference.\n\n"
+        )
         fourth = []
         for row in record["ablations"]:
             name = metrics.OF_TASK[row["task"]][0]
             value = "diverged" if row["diverged"] else _percent(row["scores"][name]["mean"])
-            fourth.append([row["task"], NAMES.get(row["way"], row["way"]), f"`{row['differs']}`", value])
+            usual = _percent(row["of_the_grid"]) if "of_the_grid" in row else ""
+            fourth.append(
+                [row["task"], NAMES.get(row["way"], row["way"]), f"`{row['differs']}`", value, usual]
+            )
             fourth[-1].append(difference(row["task"], row))
-        text += markdown(["task", "way", "differs", "metric", "minus full fine-tuning"], fourth, words=3)
+        head = ["task", "way", "differs", "metric", "the grid's", "minus full fine-tuning"]
+        text += markdown(head, fourth, words=3)
 
     if record["sweep"]:
         text += (

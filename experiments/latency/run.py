@@ -314,14 +314,11 @@ def main(arguments: Sequence[str]) -> None:
         path = work / f"{setting['batch']}x{setting['length']}.json"
         make = functools.partial(measure, PRESETS[settings["model"]], settings, setting)
         cells.append(Cell(path, common | {"setting": setting}, make))
-    run_cells(cells, command)
+    made = run_cells(cells, command)
     record = provenance(command) | {
         "settings": settings,
         "paper": theirs,
-        "cells": [
-            {name: x for name, x in json.loads(cell.path.read_text()).items() if name not in common}
-            for cell in cells
-        ],
+        "cells": [{name: x for name, x in cell.items() if name not in common} for cell in made],
     }
     write(given.out / f"{settings['model']}.json", record)
     draw(record, given.out / f"{settings['model']}.png")

@@ -84,12 +84,14 @@ def trained(wrapped: Any, loss_fn: Any, batches: Iterator[Any], settings: dict[s
 
 def kept(path: Path, params: Any, make: Callable[[], tuple[Any, list[float]]]) -> tuple[Any, list[float]]:
     """The trained tree and its losses from the folder, or made and put there."""
-    losses = path.with_suffix(".losses.json")
-    if not losses.exists():
-        wrapped, made = make()
+
+    def trained() -> list[float]:
+        wrapped, losses = make()
         lora_jax.save_adapter(path, wrapped, overwrite=True)
-        losses.write_text(json.dumps(made))
-    return lora_jax.load_adapter(path, params), json.loads(losses.read_text())
+        return losses
+
+    losses = cell(path.with_suffix(".losses.json"), trained)
+    return lora_jax.load_adapter(path, params), losses
 
 
 def is_wrapped(node: Any) -> bool:
@@ -414,7 +416,10 @@ def cell(path: Path, make: Callable[[], Any]) -> Any:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(made))
         part.replace(path)
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}. Delete it to have it made anew.") from None
 
 
 def claim(work: Path, settings: dict[str, Any]) -> None:

@@ -300,12 +300,11 @@ def main(arguments: Sequence[str]) -> None:
     command = shlex.join(["python", "-m", "experiments.subspaces.run", *arguments])
     try:
         published, made = show.paper(), cells(config, out / "adapters_run")
-        run_cells(made, command)
+        logs = {cell.path.stem: log for cell, log in zip(made, run_cells(made, command), strict=True)}
     except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 
     updates = opened(config, out / "adapters_run")
-    logs = {cell.path.stem: json.loads(cell.path.read_text()) for cell in made}
     record = provenance(command, ("tokenizers", "matplotlib")) | {
         "settings": config,
         "paper": published,

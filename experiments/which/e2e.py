@@ -115,8 +115,7 @@ def experiment(settings: dict[str, Any], folder: Path, command: str) -> dict[str
         )
         for seed in range(settings["seeds"])
     ]
-    cells.run_cells(made, command)
-    done = [json.loads(cell.path.read_text()) for cell in made]
+    done = cells.run_cells(made, command)
     return {
         "untouched": untouched_loss(problem),
         "ranks": [

@@ -271,8 +271,7 @@ def run_groups(
         text = f"{name}: {len(group)} configurations × {group[0].seeds}"
         make = functools.partial(run_group, problem, group, settings, text, vmapped)
         made.append(cells.Cell(folder / f"{name}_{number}.json", identity, make))
-    cells.run_cells(made, command)
-    done = [json.loads(cell.path.read_text()) for cell in made]
+    done = cells.run_cells(made, command)
     return {
         "members": [member for known in done for member in known["members"]],
         "groups": [known["costs"] for known in done],

@@ -280,10 +280,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         for name, part, dtype in parts
     ]
     try:
-        cells.run_cells(made, command)
+        *found, measured = (x["result"] for x in cells.run_cells(made, command))
     except (DataError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    *found, measured = (json.loads(cell.path.read_text())["result"] for cell in made)
     record = provenance(command, ("tokenizers",)) | {"settings": settings}
     record |= {"curves": {x["dtype"]: x for x in found}, "costs": measured}
     write(out / "sharing.json", record)
