@@ -19,9 +19,10 @@ import itertools
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -465,6 +466,11 @@ def interval(draws: np.ndarray) -> list[float]:
     return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
+def words_of(texts: Iterable[str]) -> float:
+    """The median length of a text."""
+    return statistics.median(len(text.split()) for text in texts)
+
+
 def judged(task: Task, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What the record says of every way: figures are means over seeds, with intervals over the meanings."""
     references, rows = list(task.test.values()), {}
@@ -482,6 +488,7 @@ def judged(task: Task, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
             "validation_loss": [x["validation_loss"] for x in trainings],
             "seconds_per_step": float(np.median(seconds)) if seconds else None,
             "seconds_of_beam_search": [x["seconds"] for x in row["texts"]],
+            "words": words_of(text for some in row["texts"] for text in some["texts"]),
             "first_losses": [x.get("first_losses") for x in trainings],
             "curves": [x.get("curve") for x in trainings],
             "metrics": {},
@@ -548,7 +555,8 @@ def shown(name: str, found: dict[str, Any]) -> str:
 def tables(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     ways, names = record["ways"], list(metrics.METRICS)
-    head, lines = ["way", "trained", "learning rate", "validation loss", *names, "ms per step"], []
+    head, lines = ["way", "trained", "learning rate", "validation loss", *names], []
+    head += ["words", "ms per step"]
     for way, row in ways.items():
         loss, rate = row["validation_loss"], row["learning_rate"]
         lines.append(
@@ -558,6 +566,7 @@ def tables(record: dict[str, Any]) -> str:
                 "" if rate is None else f"{rate:g}" + (" (edge)" if row["at_the_edge"] else ""),
                 f"{np.mean(loss):.3f}" + (f" ({min(loss):.3f} to {max(loss):.3f})" if len(loss) > 1 else ""),
                 *(shown(name, row["metrics"][name]) for name in names),
+                f"{row['words']:.0f}",
                 f"{1e3 * row['seconds_per_step']:.0f}" if row["seconds_per_step"] else "",
             ]
         )
@@ -638,6 +647,7 @@ def compare(settings: Settings, command: str) -> dict[str, Any]:
             "dropped_as_too_long": {"train": task.train.dropped, "valid": task.valid.dropped},
             "meanings": len(mrs),
             "references": sum(map(len, task.test.values())),
+            "words": words_of(text for texts in task.test.values() for text in texts),
         },
         "steps": task.steps,
         "seconds_of_the_last_call": time.perf_counter() - begin,
