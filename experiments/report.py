@@ -248,7 +248,8 @@ def e2e(record: Record) -> Found:
             f"lies on the other side of zero in {listed(against)}"
         )
         points.append(Point(text, not against))
-    return Found(f"{model}:\n\n{compare.tables(record)}", points)
+    title = f"{model}, {record['steps']} steps, rank {record['settings']['rank']}"
+    return Found(f"{title}:\n\n{compare.tables(record)}", points)
 
 
 def which(record: Record) -> Found:

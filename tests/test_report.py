@@ -248,7 +248,8 @@ def test_e2e(monkeypatch):
         metric = {"BLEU": {"minus_full": {"value": (low + high) / 2, "interval": [low, high]}}}
         paper = {"full": {"BLEU": 68.2}, "lora_qv": {"BLEU": 70.4}}
         ways = {"full": {"metrics": {}}, "lora_qv": {"metrics": metric}, "lora_all": {"metrics": metric}}
-        return {"settings": {"model": "path/to/small"}, "ways": ways, "paper": paper}
+        settings = {"model": "path/to/small", "rank": 4}
+        return {"settings": settings, "steps": 7, "ways": ways, "paper": paper}
 
     assert holds(report.e2e(record(-0.01, 0.02))) == [True]
     assert holds(report.e2e(record(-0.03, -0.01))) == [False]
