@@ -170,6 +170,7 @@ def test_a_whole_comparison_goes_on_where_it_was(corpus, monkeypatch):
             "valid": 4,
             "meanings": 3,
             "references": 6,
+            "words": 8.0,
             "dropped_as_too_long": 0,
         }
         assert record["ways"]["base"]["trainable"] == 0

@@ -577,9 +577,8 @@ def tables(record: dict[str, Any]) -> str:
             cells = (shown(name, row["metrics"][name]["minus_full"]) for name in names)
             lines.append([NAMES.get(way, way), *cells])
         text += "\n" + markdown(["minus full fine-tuning", *names], lines)
-    if theirs := record["paper"]:
-        columns = list(next(iter(theirs.values())))
-        of_ways = {way: row for way, row in theirs.items() if way in ways}
+    if of_ways := {way: row for way, row in (record["paper"] or {}).items() if way in ways}:
+        columns = list(next(iter(of_ways.values())))
         lines = [[NAMES[way], *(f"{row[name]:g}" for name in columns)] for way, row in of_ways.items()]
         text += "\n" + markdown(["the paper, GPT-2 medium", *columns], lines)
     return text
