@@ -349,7 +349,11 @@ def _decomposed(weight: LoraWeight) -> tuple[SVD, np.ndarray]:
     a, b, scale = (x.astype(np.float64) for x in _factors(weight))
     left, lower = np.linalg.qr(a)
     right, upper = np.linalg.qr(_transposed(b))
-    x, values, y = np.linalg.svd(scale[..., None, None] * (lower @ _transposed(upper)), full_matrices=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        core = scale[..., None, None] * (lower @ _transposed(upper))
+    if not np.isfinite(core).all():
+        raise ValueError(f"the update of the LoraWeight at {weight.path!r} overflows float64; scale it down.")
+    x, values, y = np.linalg.svd(core, full_matrices=False)
     # Factors whose product cancels leave rounding of their own size, not of the product's.
     size = np.abs(scale) * _spectral_norm(lower) * _spectral_norm(upper)
     defined = _defined(values, size, a.shape[-2], b.shape[-1])
@@ -493,7 +497,9 @@ def _float64(x: np.ndarray, where: str) -> np.ndarray:
 
 def _require_finite(x: np.ndarray, where: str) -> None:
     if not np.isfinite(x).all():
-        raise ValueError(f"{where} has an entry that is infinite or not a number; its run diverged.")
+        raise ValueError(
+            f"{where} has an entry that is infinite or not a number; if it is a factor, its run diverged."
+        )
 
 
 def _transposed(x: np.ndarray) -> np.ndarray:

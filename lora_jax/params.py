@@ -126,8 +126,7 @@ def wrap(
         parts=parts,
         layouts=known_layouts(params),
     )
-    if not _is_floating_dtype(dtype):
-        raise ValueError(f"dtype is {dtype!r}; a and b need a floating dtype, such as jnp.float32.")
+    _require_dtype(dtype, "a and b need a floating dtype, such as jnp.float32")
     key = jax.random.key(0) if key is None else key
     if not isinstance(key, jax.Array):
         raise TypeError(f"key is {key!r}; write key=jax.random.key({key if isinstance(key, int) else 0}).")
@@ -152,11 +151,18 @@ def wrap(
     return close(map_with_path(leaf, tree))
 
 
-def _is_floating_dtype(dtype: Any) -> bool:
+def _require_dtype(dtype: Any, need: str) -> None:
     try:
-        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        floating = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
-        return False
+        floating = False
+    if not floating:
+        raise ValueError(f"dtype is {dtype!r}; {need}.")
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(
+            f"dtype is {jnp.dtype(dtype)}, which jax rounds to {jax.dtypes.canonicalize_dtype(dtype)} while "
+            "jax_enable_x64 is off; turn it on, or write jnp.float32."
+        )
 
 
 def _require_array(path: str, value: Any) -> None:
@@ -213,8 +219,9 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
         neither adapted nor cast are the same objects.
 
     Raises:
-        ValueError: no leaf is wrapped, dtype is no floating one, or an entry overflows or is not a
-            number where the base's was finite (not checked under a transformation).
+        ValueError: no leaf is wrapped, dtype is no floating one or a 64-bit one while jax_enable_x64 is
+            off, or an entry overflows or is not a number where the base's was finite (not checked under a
+            transformation).
 
     >>> W = jnp.array([[1., 2., 3.], [4., 5., 6.], [7., 8., 9.]])
     >>> wrapped = wrap({"kernel": W}, rank=2)
@@ -224,8 +231,8 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
     >>> merge(wrapped)["kernel"].tolist()
     [[2.0, 4.0, 6.0], [8.0, 10.0, 12.0], [12.0, 15.0, 18.0]]
     """
-    if dtype is not None and not _is_floating_dtype(dtype):
-        raise ValueError(f"dtype is {dtype!r}; merge into a floating dtype, such as jnp.float32.")
+    if dtype is not None:
+        _require_dtype(dtype, "merge into a floating dtype, such as jnp.float32")
     tree, close = nnx.opened(wrapped)
     require_wrapped(tree, "merge")
     checks: dict[str, Any] = {}
@@ -235,6 +242,7 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
         if not is_wrapped_leaf(node):
             if out is None or not is_floating(node) or node.dtype == out:
                 return node
+            _require_array(path, node)
             source = node
         else:
             if isinstance(node, LoraWeight):
@@ -248,19 +256,19 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
         return _placed_as(value, source)
 
     merged = map_with_path(leaf, tree, is_leaf=is_wrapped_leaf)
-    _raise_unfinite("merging", checks)
+    wider = "merge(wrapped, dtype=jnp.float32)" if dtype is None or jnp.dtype(dtype).itemsize < 4 else None
+    _raise_unfinite("merging", checks, f"merge into a wider dtype{f': {wider}' if wider else ''}")
     return close(merged)
 
 
-def _raise_unfinite(what: str, checks: Mapping[str, Any]) -> None:
+def _raise_unfinite(what: str, checks: Mapping[str, Any], remedy: str) -> None:
     concrete = {path: x for path, x in checks.items() if not isinstance(x, Tracer)}
     values = jax.device_get(list(concrete.values()))
     bad = [path for path, fine in zip(concrete, values, strict=True) if not fine]
     if bad:
         raise ValueError(
             f"{what} gives infinite or undefined entries where the base is finite, at {some(bad)}. Look "
-            "for a diverged run (NaN in a or b), or merge into a wider dtype: "
-            "merge(wrapped, dtype=jnp.float32)."
+            f"for a diverged run (NaN in a or b), or {remedy}."
         )
 
 
@@ -765,7 +773,7 @@ def unmerge(params: Any, adapter: Any) -> Any:
         return node.replace(w=_placed_as(w, node.w))
 
     unmerged = map_with_path(leaf, tree, is_leaf=is_wrapped_leaf)
-    _raise_unfinite("unmerging", checks)
+    _raise_unfinite("unmerging", checks, "give the merged parameters in a wider dtype")
     return close(unmerged)
 
 

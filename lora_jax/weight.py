@@ -373,8 +373,9 @@ def check_whole(leaf: LoraWeight) -> None:
     """Raise where a LoraWeight has holes, or was stacked after it was made; shapes alone are looked at."""
     if any(x is None for x in (leaf.w, leaf.a, leaf.b, leaf.scale)):
         raise ValueError(
-            f"the LoraWeight at {leaf.path!r} has holes: this tree is one half of partition(). "
-            "Put the halves together: lora_jax.combine(trainable, frozen)."
+            f"the LoraWeight at {leaf.path!r} has holes: this tree is one half of partition(), or a "
+            "stack() of adapters. Put the halves together, of a stack one adapter with its base: "
+            "lora_jax.combine(trainable, frozen)."
         )
     n = {kind: len(leaf.axes_of(kind)) for kind in AXIS_KINDS}
     expected = (len(leaf.axes), n["batch"] + n["in"] + 1, n["batch"] + 1 + n["out"], n["batch"])

@@ -559,3 +559,11 @@ def test_what_is_refused_is_named(case):
     call, kind, text = refused()[case]
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_an_update_beyond_float64_is_named():
+    weight = LoraWeight(
+        np.zeros((3, 2)), np.full((3, 1), 1e200), np.full((1, 2), 1e200), 1.0, ("in", "out"), "up/kernel"
+    )
+    with pytest.raises(ValueError, match="'up/kernel' overflows float64"):
+        analysis.svd(weight)

@@ -236,6 +236,20 @@ def test_merge_refuses_overflow_of_other_leaves_and_keeps_the_bases_own():
     assert jnp.isinf(merge(wrap(params, 2))["up"]["kernel"]).sum() == 1
 
 
+def test_64_bit_dtypes_that_jax_would_round_are_refused():
+    params = {"up": {"kernel": np.ones((4, 3), np.float32), "bias": np.full(3, 1e300)}}
+    with jax.enable_x64(False):
+        wrapped = wrap(params, 2)
+        with pytest.raises(TypeError, match="'up/bias' has dtype float64, which jax rounds to float32"):
+            merge(wrapped, dtype=jnp.float32)
+        for call in (lambda: merge(wrapped, dtype=np.float64), lambda: wrap(params, 2, dtype="float64")):
+            with pytest.raises(ValueError, match="dtype is float64, which jax rounds to float32"):
+                call()
+        assert merge(wrapped)["up"]["bias"] is params["up"]["bias"]
+    with jax.enable_x64(True):
+        assert merge(wrapped, dtype=np.float64)["up"]["kernel"].dtype == np.float64
+
+
 @pytest.mark.parametrize("number", [jnp.int32(2), np.int64(2), np.array(2)])
 def test_numbers_may_be_arrays_of_no_dimensions(number):
     plain = wrap(PARAMS, 2, alpha=4, **FINE)["mlp"]["kernel"]
