@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def summarise(config: dict[str, Any], out: Path, command: str) -> dict[str, Any]
         "bootstrap_draws": draws,
         "tasks": {name: tasks[name] for name in [*config["epochs"], *data.LABELS] if name in tasks},
         "ablations": tried,
-        "sweep": json.loads(sweep.read_text())["ways"] if sweep.exists() else None,
+        "sweep": read(sweep)["ways"] if sweep.exists() else None,
         "paper": roberta_rows(),
     }
     write(out / "glue.json", record)
