@@ -158,10 +158,10 @@ def _require_dtype(dtype: Any, need: str) -> None:
         floating = False
     if not floating:
         raise ValueError(f"dtype is {dtype!r}; {need}.")
-    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+    if (rounded := jax.dtypes.canonicalize_dtype(dtype)) != jnp.dtype(dtype):
         raise ValueError(
-            f"dtype is {jnp.dtype(dtype)}, which jax rounds to {jax.dtypes.canonicalize_dtype(dtype)} while "
-            "jax_enable_x64 is off; turn it on, or write jnp.float32."
+            f"dtype is {jnp.dtype(dtype)}, which jax rounds to {rounded} while jax_enable_x64 is off; turn "
+            "it on, or write jnp.float32."
         )
 
 
@@ -256,8 +256,10 @@ def merge(wrapped: Any, dtype: Any = None) -> Any:
         return _placed_as(value, source)
 
     merged = map_with_path(leaf, tree, is_leaf=is_wrapped_leaf)
-    wider = "merge(wrapped, dtype=jnp.float32)" if dtype is None or jnp.dtype(dtype).itemsize < 4 else None
-    _raise_unfinite("merging", checks, f"merge into a wider dtype{f': {wider}' if wider else ''}")
+    remedy = "merge into a wider dtype"
+    if dtype is None or jnp.dtype(dtype).itemsize < 4:
+        remedy += ": merge(wrapped, dtype=jnp.float32)"
+    _raise_unfinite("merging", checks, remedy)
     return close(merged)
 
 

@@ -38,7 +38,7 @@ from experiments import methods
 from experiments.data import DataError, find_model, paper
 from experiments.e2e_nlg import data, metrics, run
 from experiments.e2e_nlg.run import setting
-from experiments.glue.cells import Cell, read, run_cells
+from experiments.glue.cells import Cell, run_cells
 from experiments.models import generate, llama
 from experiments.records import fill, markdown, provenance, write
 
@@ -436,12 +436,12 @@ def make_cells(cells: Cells, command: str) -> dict[str, dict[str, Any]]:
     """Make what is missing, and read it: by way, the rates that were tried and what every seed gave."""
     settings = cells.task.settings
     run_cells([cells.training("base", None, 0)], command)
-    run_cells(
-        [cells.training(way, rate, 0) for way, rates in settings.rates.items() for rate in rates], command
-    )
+    swept = [(way, rate, 0) for way, rates in settings.rates.items() for rate in rates]
+    made = run_cells([cells.training(*of_run) for of_run in swept], command)
+    losses = {of_run: training["validation_loss"] for of_run, training in zip(swept, made, strict=True)}
     found: dict[str, dict[str, Any]] = {"base": {"learning_rate": None, "seeds": [0]}}
     for way, rates in settings.rates.items():
-        tried = {rate: read(cells.training(way, rate, 0).path)["validation_loss"] for rate in rates}
+        tried = {rate: losses[way, rate, 0] for rate in rates}
         best = min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
         found[way] = {
             "learning_rate": best,
@@ -450,12 +450,10 @@ def make_cells(cells: Cells, command: str) -> dict[str, dict[str, Any]]:
             "seeds": list(range(settings.seeds)),
         }
     of_runs = [(way, row["learning_rate"], seed) for way, row in found.items() for seed in row["seeds"]]
-    run_cells([cells.training(*of_run) for of_run in of_runs], command)
-    run_cells([cells.texts(*of_run) for of_run in of_runs], command)
-    for way, row in found.items():
-        seeds = [(way, row["learning_rate"], seed) for seed in row["seeds"]]
-        row["training"] = [read(cells.training(*of_run).path) for of_run in seeds]
-        row["texts"] = [read(cells.texts(*of_run).path) for of_run in seeds]
+    for name, cell in (("training", cells.training), ("texts", cells.texts)):
+        made = run_cells([cell(*of_run) for of_run in of_runs], command)
+        for (way, _, _), record in zip(of_runs, made, strict=True):
+            found[way].setdefault(name, []).append(record)
     return found
 
 
@@ -555,8 +553,8 @@ def shown(name: str, found: dict[str, Any]) -> str:
 def tables(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     ways, names = record["ways"], list(metrics.METRICS)
-    head, lines = ["way", "trained", "learning rate", "validation loss", *names], []
-    head += ["words", "ms per step"]
+    head = ["way", "trained", "learning rate", "validation loss", *names, "words", "ms per step"]
+    lines = []
     for way, row in ways.items():
         loss, rate = row["validation_loss"], row["learning_rate"]
         lines.append(

@@ -24,16 +24,25 @@ class Cell(NamedTuple):
     make: Callable[[], dict[str, Any]]
 
 
+def loaded(path: Path) -> Any:
+    """The JSON of a file that a command made.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Delete it to have it made anew.") from None
+
+
 def read(path: Path) -> dict[str, Any]:
     """A cell that is there.
 
     Raises:
         DataError: it is damaged.
     """
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Delete it to have it made anew.") from None
+    found = loaded(path)
     if not isinstance(found, dict):
         raise DataError(f"{path} holds no record. Delete it to have it made anew.")
     return found
@@ -47,11 +56,13 @@ def run_cells(cells: list[Cell], command: str) -> list[dict[str, Any]]:
             write to.
         SystemExit: interrupted.
     """
-    missing = []
+    missing, records = [], {}
     for cell in cells:
         if not cell.path.exists():
             missing.append(cell)
-        elif differences := _differences(read(cell.path), cell.identity):
+            continue
+        records[cell.path] = read(cell.path)
+        if differences := _differences(records[cell.path], cell.identity):
             raise DataError(
                 f"{cell.path} was made otherwise: {'; '.join(differences)}. Give the settings it was made "
                 "with, or another --out; or delete it to have it made anew."
@@ -66,10 +77,11 @@ def run_cells(cells: list[Cell], command: str) -> list[dict[str, Any]]:
         for cell in tqdm(missing, desc="cells", unit=" cells", smoothing=0):
             record = provenance(command, ("tokenizers",)) | cell.identity | cell.make()
             write(cell.path, record)
+            records[cell.path] = read(cell.path)
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
-    return [read(cell.path) for cell in cells]
+    return [records[cell.path] for cell in cells]
 
 
 def _differences(known: Any, ours: Any, name: str = "") -> list[str]:

@@ -414,8 +414,8 @@ def sweep_cells(settings: Settings, config: dict[str, Any], ways: list[str], out
     return cells
 
 
-def whole_sweeps(settings: Settings, config: dict[str, Any], out: Path, command: str) -> list[Cell]:
-    """The cells of the ways that were tried at all rates on all tasks; a mean of fewer would compare nothing.
+def whole_sweeps(settings: Settings, config: dict[str, Any], out: Path, command: str) -> list[dict[str, Any]]:
+    """The records of the ways tried at all rates on all tasks; a mean of fewer would compare nothing.
 
     Raises:
         DataError: one was made with other settings.
@@ -424,18 +424,16 @@ def whole_sweeps(settings: Settings, config: dict[str, Any], out: Path, command:
     for way in config["sweep"]["rates"]:
         of_way = sweep_cells(settings, config, [way], out)
         if all(made.path.exists() for made in of_way):
-            run_cells(of_way, command)  # makes none, and compares
-            whole += of_way
+            whole += run_cells(of_way, command)  # makes none, and compares
         elif any(made.path.exists() for made in of_way):
             print(f"{way:12} not all of its rates are tried: sweep --ways {way}")
     return whole
 
 
-def chosen_rates(cells: list[Cell]) -> dict[str, Any]:
+def chosen_rates(records: list[dict[str, Any]]) -> dict[str, Any]:
     """For every way what each rate gave on the held-out rows, and the rate of the highest mean over tasks."""
     found: dict[str, dict[float, dict[str, float]]] = {}
-    for made in cells:
-        record = read(made.path)
+    for record in records:
         first = metrics.OF_TASK[record["task"]][0]
         # A run that diverged is worse than chance, of which all metrics but accuracy have 0.
         value = -1.0 if record["scores"] is None else record["scores"][first]

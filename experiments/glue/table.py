@@ -238,10 +238,8 @@ def report(record: dict[str, Any]) -> str:
             name = metrics.OF_TASK[row["task"]][0]
             value = "diverged" if row["diverged"] else _percent(row["scores"][name]["mean"])
             usual = _percent(row["of_the_grid"]) if "of_the_grid" in row else ""
-            fourth.append(
-                [row["task"], NAMES.get(row["way"], row["way"]), f"`{row['differs']}`", value, usual]
-            )
-            fourth[-1].append(difference(row["task"], row))
+            fourth.append([row["task"], NAMES.get(row["way"], row["way"]), f"`{row['differs']}`"])
+            fourth[-1] += [value, usual, difference(row["task"], row)]
         head = ["task", "way", "differs", "metric", "the grid's", "minus full fine-tuning"]
         text += markdown(head, fourth, words=3)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from experiments.data import DataError, paper, read_config
 from experiments.glue import data, metrics
 from experiments.glue import run as glue
-from experiments.glue.cells import Cell, read, run_cells
+from experiments.glue.cells import Cell, run_cells
 from experiments.glue.table import NAMES, judged
 from experiments.records import fill, markdown, provenance, write
 
@@ -57,8 +57,7 @@ def cells_of(config: dict[str, Any], grid: dict[str, Any], folder: Path, out: Pa
     return found
 
 
-def summarise(cells: dict[tuple, Cell], draws: int, command: str) -> dict[str, Any]:
-    records = {key: read(made.path) for key, made in cells.items()}
+def summarise(records: dict[tuple, dict[str, Any]], draws: int, command: str) -> dict[str, Any]:
     systems: dict[tuple, dict[int, Any]] = {}
     for (name, way, count, seed), record in records.items():
         systems.setdefault((name, way, count), {})[seed] = record
@@ -136,8 +135,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     if config["epochs"].keys() != of_heads or any(not x.isdecimal() or int(x) < 1 for x in of_heads):
         raise DataError(f"{options.config}: epochs and head_epochs go by the same numbers of examples.")
     cells = cells_of(config, grid, options.glue, options.out)
-    run_cells([*cells.values()], command)
-    record = summarise(cells, grid["bootstrap_draws"], command)
+    records = dict(zip(cells, run_cells([*cells.values()], command), strict=True))
+    record = summarise(records, grid["bootstrap_draws"], command)
     write(options.out / "low_data.json", record)
     draw(record, options.out / "low_data.png")
     text = report(record)

@@ -37,6 +37,7 @@ import lora_jax
 from experiments.data import DataError, find_model, paper, read_config
 from experiments.e2e_nlg import data as e2e
 from experiments.glue import data as glue
+from experiments.glue.cells import loaded
 from experiments.models import bert, hub, llama
 from experiments.records import fill, markdown, provenance
 
@@ -416,10 +417,7 @@ def cell(path: Path, make: Callable[[], Any]) -> Any:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(made))
         part.replace(path)
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}. Delete it to have it made anew.") from None
+    return loaded(path)
 
 
 def claim(work: Path, settings: dict[str, Any]) -> None:
